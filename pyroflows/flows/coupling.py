@@ -1,0 +1,197 @@
+"""Coupling flows: one network pass in either direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from pyroflows.distributions import Base
+from pyroflows.flows.autoregressive import autoregressive_layers
+from pyroflows.flows.flow import Flow
+from pyroflows.flows.stack import Mixing, mixed
+from pyroflows.layers import ActNorm, CouplingLayer, Layer
+from pyroflows.nn.mlp import Activation
+from pyroflows.numerics import binary_code
+from pyroflows.transforms import Additive, Affine, RationalQuadratic, Univariate
+
+
+def coupling_layers(
+    features: int,
+    context: int,
+    transforms: int,
+    univariate: Univariate,
+    hidden_features: Sequence[int],
+    activation: Activation,
+) -> list[Layer]:
+    """Couplings whose masks follow the binary digits of the features' indices."""
+    return [
+        CouplingLayer(
+            features,
+            context,
+            mask=binary_code(features, i),
+            univariate=univariate,
+            hidden_features=hidden_features,
+            activation=activation,
+        )
+        for i in range(transforms)
+    ]
+
+
+class NICE(Flow):
+    r"""Additive couplings and a diagonal scaling: volume preserving but for the scaling.
+
+    Forward and inverse cost one pass of each of the ``transforms`` networks. Starts as the
+    identity.
+
+    Parameters
+    ----------
+    features, context
+        Sizes of the event and of the context (0: none).
+    transforms
+        Number of couplings.
+    hidden_features, activation
+        Of the conditioners, see `pyroflows.nn.ResidualMLP`.
+    mixing
+        ``"lu"`` for a learned dense affine map after each coupling, None for none.
+    act_norm
+        Whether an `ActNorm` follows each coupling.
+    base
+        Base distribution; by default the standard normal.
+
+    References
+    ----------
+    Dinh, Krueger and Bengio, "NICE: non-linear independent components estimation", ICLR 2015.
+
+    Examples
+    --------
+    >>> NICE(3)().log_prob(torch.zeros(3))
+    tensor(-2.7568, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        *,
+        transforms: int = 5,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Activation = nn.SiLU,
+        mixing: Mixing = None,
+        act_norm: bool = False,
+        base: Base | None = None,
+    ) -> None:
+        layers = coupling_layers(
+            features, context, transforms, Additive(), hidden_features, activation
+        )
+        layers = [*mixed(layers, features, mixing, act_norm), ActNorm(features)]
+        super().__init__(layers, features, context, base)
+
+
+class RealNVP(Flow):
+    r"""Affine couplings with smoothly bounded log-scales.
+
+    Forward and inverse cost one pass of each of the ``transforms`` networks. Starts as the
+    identity.
+
+    Parameters
+    ----------
+    features, context
+        Sizes of the event and of the context (0: none).
+    transforms
+        Number of couplings.
+    hidden_features, activation
+        Of the conditioners, see `pyroflows.nn.ResidualMLP`.
+    mixing
+        ``"lu"`` for a learned dense affine map after each coupling, None for none.
+    act_norm
+        Whether an `ActNorm` follows each coupling.
+    base
+        Base distribution; by default the standard normal.
+
+    References
+    ----------
+    Dinh, Sohl-Dickstein and Bengio, "Density estimation using Real NVP", ICLR 2017.
+
+    Examples
+    --------
+    >>> flow = RealNVP(2, context=3)
+    >>> flow(torch.zeros(5, 3)).sample((4,)).shape
+    torch.Size([4, 5, 2])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        *,
+        transforms: int = 5,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Activation = nn.SiLU,
+        mixing: Mixing = "lu",
+        act_norm: bool = False,
+        base: Base | None = None,
+    ) -> None:
+        layers = coupling_layers(
+            features, context, transforms, Affine(), hidden_features, activation
+        )
+        super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)
+
+
+class NSF(Flow):
+    r"""Neural spline flow: rational-quadratic splines in couplings or autoregressively.
+
+    As couplings, forward and inverse cost one pass of each of the ``transforms`` networks.
+    Autoregressively the inverse (the density) costs one pass and the forward direction goes feature
+    by feature. Starts as the identity; beyond ``bound`` the splines are the identity.
+
+    Parameters
+    ----------
+    features, context
+        Sizes of the event and of the context (0: none).
+    transforms
+        Number of spline layers.
+    hidden_features, activation
+        Of the conditioners, see `pyroflows.nn.ResidualMLP` and `pyroflows.nn.MaskedResidualMLP`.
+    bins
+        Bins of each spline.
+    bound
+        Half-width of the splines' box, in standardised units.
+    autoregressive
+        Whether every layer maps all features in order, instead of one part given the other.
+    mixing
+        ``"lu"`` for a learned dense affine map after each layer, None for none.
+    act_norm
+        Whether an `ActNorm` follows each layer.
+    base
+        Base distribution; by default the standard normal.
+
+    References
+    ----------
+    Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019.
+
+    Examples
+    --------
+    >>> NSF(2)().log_prob(torch.zeros(2))
+    tensor(-1.8379, grad_fn=<AddBackward0>)
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        *,
+        transforms: int = 5,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Activation = nn.SiLU,
+        bins: int = 8,
+        bound: float = 5.0,
+        autoregressive: bool = False,
+        mixing: Mixing = "lu",
+        act_norm: bool = False,
+        base: Base | None = None,
+    ) -> None:
+        spline = RationalQuadratic(bins, bound)
+        build = autoregressive_layers if autoregressive else coupling_layers
+        layers = build(features, context, transforms, spline, hidden_features, activation)
+        super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)

@@ -1,0 +1,93 @@
+"""A flow: a module that gives a distribution, given a context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from pyroflows.distributions import Base, FlowDistribution, StandardNormal
+from pyroflows.flows.transform import FlowTransform
+from pyroflows.layers import Layer
+from pyroflows.nn import RecordedModule
+
+
+class Flow(RecordedModule):
+    r"""Normalizing flow: a base distribution pushed through invertible layers.
+
+    ``flow(context)`` is a `FlowDistribution`, a ``pyro.distributions.TransformedDistribution``;
+    ``flow.transform`` is a Pyro ``TransformModule``. *Forward* is base to data.
+
+    Parameters
+    ----------
+    layers
+        Layers from base to data.
+    event_shape
+        Shape of the event; an integer for a vector.
+    context
+        Size of the context (0: none).
+    base
+        Module that gives the base distribution; by default the standard normal.
+
+    Examples
+    --------
+    >>> from pyroflows.layers import CouplingLayer, LULinear
+    >>> flow = Flow([CouplingLayer(2, context=3), LULinear(2)], 2, context=3)
+    >>> flow(torch.zeros(7, 3)).batch_shape
+    torch.Size([7])
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[Layer],
+        event_shape: int | Sequence[int],
+        context: int = 0,
+        base: Base | None = None,
+    ) -> None:
+        super().__init__()
+        shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
+        self.event_shape = torch.Size(shape)
+        self.context_size = context
+        self.transform = FlowTransform(layers, shape, context)
+        self.base = StandardNormal(shape) if base is None else base
+        if self.base.event_shape != self.event_shape:
+            raise ValueError(
+                f"base: expected event shape {shape}, got {tuple(self.base.event_shape)}"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the flow's buffers and parameters."""
+        return self.transform.standardization.loc.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the flow's buffers and parameters."""
+        return self.transform.standardization.loc.device
+
+    def forward(
+        self, context: Tensor | None = None, *, context_is_draw: bool = False
+    ) -> FlowDistribution:
+        """The distribution under a context.
+
+        Parameters
+        ----------
+        context
+            Shape ``(*batch, context)``; the batch becomes the distribution's, each element with
+            noise of its own.
+        context_is_draw
+            In a guide, whether the context is itself a draw; see `FlowDistribution`.
+
+        Raises
+        ------
+        ContextError, ShapeError, TypeError
+            For a context that is missing, not expected, of another size or dtype.
+        """
+        transform = self.transform.condition(context)
+        base = self.base(context)
+        if context is not None:
+            base = base.expand(context.shape[:-1])
+        return FlowDistribution(
+            base, [transform], module=self, context_is_draw=context_is_draw
+        )

@@ -1,0 +1,15 @@
+"""Learnable layers: modules that build a transform, given a context."""
+
+from pyroflows.layers.base import Layer
+from pyroflows.layers.conditioned import AutoregressiveLayer, CouplingLayer
+from pyroflows.layers.linear import ActNorm, LULinear, Permutation, Standardization
+
+__all__ = [
+    "ActNorm",
+    "AutoregressiveLayer",
+    "CouplingLayer",
+    "LULinear",
+    "Layer",
+    "Permutation",
+    "Standardization",
+]

@@ -1,0 +1,211 @@
+"""Masked autoregressive network, evaluated at once or feature by feature."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyroflows.numerics import autoregressive_mask, hidden_degrees
+from pyroflows.nn.mlp import Activation, is_residual, widths
+
+
+Unrolled = Generator[tuple[int, Tensor], Tensor, None]
+
+
+class MaskedLinear(nn.Linear):
+    """Linear layer with some of its connections cut.
+
+    Parameters
+    ----------
+    mask
+        True where a connection stays, shape ``(out_features, in_features)``.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, bias: bool = True) -> None:
+        super().__init__(mask.shape[1], mask.shape[0], bias=bias)
+        self.register_buffer("mask", mask)
+
+    def masked_weight(self) -> Tensor:
+        """The weights that count, ``(out_features, in_features)``."""
+        return self.weight * self.mask
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.masked_weight(), self.bias)
+
+
+class MaskedResidualMLP(nn.Module):
+    r"""Residual MADE: parameters of feature ``i`` depend on the features before it alone.
+
+    Hidden layers of equal width are residual, as in `ResidualMLP`. Hidden units are sorted by
+    degree (see `pyroflows.numerics.hidden_degrees`). Where a hidden layer is narrower than the
+    features, connections from input to output keep every dependence possible.
+
+    The network is evaluated at once by ``forward`` and feature by feature by ``unroll``, which
+    computes each hidden unit once and so costs the arithmetic of one pass.
+
+    Parameters
+    ----------
+    features, context
+        Sizes of the input and of the context (0: none).
+    count
+        Outputs per feature.
+    hidden_features, activation
+        As in `ResidualMLP`.
+    order
+        The features in the order of their dependence; by default ``0, 1, ...``.
+
+    References
+    ----------
+    Germain, Gregor, Murray and Larochelle, "MADE", ICML 2015; Durkan et al., "Neural spline flows",
+    NeurIPS 2019 (residual blocks).
+
+    Examples
+    --------
+    >>> MaskedResidualMLP(3, 0, count=2)(torch.randn(5, 3)).shape
+    torch.Size([5, 6])
+    """
+
+    order: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        context: int,
+        count: int,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Activation = nn.SiLU,
+        order: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.features, self.count = features, count
+        self.hidden_features = hidden = widths(hidden_features)
+        self.activation = activation()
+        self.register_buffer("order", torch.tensor(order or range(features)))
+        if sorted(self.order.tolist()) != list(range(features)):
+            raise ValueError(f"order: expected a permutation of {features} features, got {order}")
+
+        rank = self.order.argsort()
+        lowest = 0 if context else 1
+        degrees = [hidden_degrees(width, features, lowest) for width in hidden]
+        # An output of rank r sees degrees up to r; count outputs per feature, features innermost.
+        out = rank.repeat(count)
+        seen = [rank + 1, *degrees]
+        masks = [autoregressive_mask(a, b) for a, b in zip([*degrees, out], seen)]
+        self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
+        self.context = nn.Linear(context, masks[0].shape[0], bias=False) if context else None
+        self.direct = None
+        if hidden and min(hidden) < features - 1 + bool(context):
+            self.direct = MaskedLinear(autoregressive_mask(out, rank + 1), bias=False)
+        # Where the units of each degree start, layer by layer: unroll takes them in turn.
+        bounds = torch.arange(features + 1)
+        self._units = [torch.searchsorted(d, bounds).tolist() for d in degrees]
+        self._zero_output()
+
+    def _zero_output(self) -> None:
+        last = [self.layers[-1], self.direct, None if self.hidden_features else self.context]
+        for linear in last:
+            if linear is not None:
+                for parameter in linear.parameters():
+                    nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Input ``(*batch, features)``, output ``(*batch, count * features)``."""
+        h = self.layers[0](x)
+        if self.context is not None:
+            h = h + self.context(context)
+        for i, layer in enumerate(self.layers[1:], start=1):
+            out = layer(self.activation(h))
+            h = h + out if self._is_residual(i) else out
+        return h if self.direct is None else h + self.direct(x)
+
+    def _is_residual(self, layer: int) -> bool:
+        return layer < len(self.hidden_features) and is_residual(self.hidden_features, layer)
+
+    def unroll(
+        self, value: Tensor, context: Tensor | None = None
+    ) -> tuple[torch.Size, Unrolled]:
+        """Start an evaluation feature by feature.
+
+        Parameters
+        ----------
+        value
+            Gives the batch shape, ``(*batch, features)``.
+        context
+            Shape ``(*batch, context)``.
+
+        Returns
+        -------
+        tuple
+            The broadcast batch shape and a generator that yields ``(feature, outputs)``, outputs of
+            shape ``(count, N)`` for the flattened batch, and is sent the feature's values ``(N,)``.
+        """
+        # The tensors are read here and not in the generator's body, which runs later: by then a
+        # functional call may have put the module's own parameters back.
+        order = list(range(self.features)) if self.order.is_meta else self.order.tolist()
+        start = self.layers[0].bias
+        if self.context is not None:
+            start = start + self.context(context)
+        # All that is pending has the batch of value and context, also where vmap hides it.
+        batch = torch.zeros_like(start[..., :1]) + torch.zeros_like(value[..., :1])
+        biases = [start, *(layer.bias for layer in self.layers[1:])]
+        biases[-1] = self._in_order(biases[-1])
+        pending = [(bias + batch).reshape(-1, bias.shape[-1]) for bias in biases]
+
+        weights = [layer.masked_weight().mT for layer in self.layers]
+        weights[0] = weights[0].index_select(0, self.order)
+        weights[-1] = self._in_order(weights[-1])
+        direct = None
+        if self.direct is not None:
+            direct = self._in_order(self.direct.masked_weight().mT.index_select(0, self.order))
+        return batch.shape[:-1], self._steps(pending, weights, direct, order)
+
+    def _in_order(self, outputs: Tensor) -> Tensor:
+        """Outputs in blocks, one a feature, in the order of dependence: ``(..., outputs)``."""
+        blocks = outputs.unflatten(-1, (self.count, self.features)).index_select(-1, self.order)
+        return blocks.transpose(-1, -2).flatten(-2)
+
+    def _steps(
+        self,
+        pending: list[Tensor],
+        weights: list[Tensor],
+        direct: Tensor | None,
+        order: list[int],
+    ) -> Unrolled:
+        """One step per feature: the units that have all they see send their activation onward.
+
+        ``pending[l]`` is what the units of layer ``l`` have received so far, those that still wait
+        alone; ``weights[l]`` leads into that layer.
+        """
+        # In place where nothing is recorded: it saves a copy of all that waits, at every step.
+        receive = Tensor.addmm if torch.is_grad_enabled() else Tensor.addmm_
+        out = len(self.hidden_features)
+
+        def push(source: Tensor, weight: Tensor, layer: int) -> None:
+            waiting = pending[layer]
+            weight = weight[:, weight.shape[1] - waiting.shape[1] :]
+            pending[layer] = receive(waiting, source, weight)
+
+        for rank, feature in enumerate(order):
+            known: Tensor | None = None
+            for layer, units in enumerate(self._units):
+                start, stop = units[rank : rank + 2]
+                if start == stop:
+                    known = None
+                    continue
+                new, pending[layer] = _split(pending[layer], stop - start)
+                known = new + known if self._is_residual(layer) else new
+                push(self.activation(known), weights[layer + 1][start:stop], layer + 1)
+            outputs, pending[out] = _split(pending[out], self.count)
+            x = (yield feature, outputs.mT).unsqueeze(1)
+            push(x, weights[0][rank : rank + 1], 0)
+            if direct is not None:
+                push(x, direct[rank : rank + 1], out)
+
+
+def _split(tensor: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    return tensor[:, :columns], tensor[:, columns:]

@@ -1,0 +1,105 @@
+"""Residual multilayer perceptron with context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Callable[[], nn.Module]
+
+
+def is_residual(hidden: Sequence[int], layer: int) -> bool:
+    """Whether hidden layer ``layer`` is added to the one before it: where their widths agree."""
+    return layer > 0 and hidden[layer] == hidden[layer - 1]
+
+
+def widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
+    """The hidden widths, checked."""
+    hidden = tuple(hidden_features)
+    if any(not isinstance(h, int) or h < 1 for h in hidden):
+        raise ValueError(
+            f"hidden_features: expected positive integers, one per hidden layer, got {hidden}"
+        )
+    return hidden
+
+
+class ResidualMLP(nn.Module):
+    r"""Multilayer perceptron whose equal-width hidden layers are residual.
+
+    .. math::
+
+        h_0 = W_0 x + C c + b_0, \qquad
+        h_l = [h_{l-1}] + W_l\,\sigma(h_{l-1}) + b_l, \qquad
+        \text{out} = W \sigma(h_L) + b
+
+    The output weights start at zero, so that the flow that reads them starts as the identity. The
+    default activation is infinitely differentiable, as gradients of densities need.
+
+    Parameters
+    ----------
+    features, context
+        Sizes of the input and of the context; either may be 0.
+    out_features
+        Size of the output.
+    hidden_features
+        Widths of the hidden layers.
+    activation
+        A module class without arguments, for instance ``torch.nn.SiLU``.
+
+    Examples
+    --------
+    >>> net = ResidualMLP(2, 3, out_features=4)
+    >>> net(torch.randn(6, 1, 2), torch.randn(5, 3)).shape
+    torch.Size([6, 5, 4])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        context: int,
+        out_features: int,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Activation = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        self.hidden_features = hidden = widths(hidden_features)
+        self.activation = activation()
+        sizes = [*hidden, out_features]
+        # A linear map with no inputs is its bias; the context enters by a map of its own, so that
+        # one context serves many points without being repeated.
+        self.input = nn.Linear(features, sizes[0]) if features else None
+        self.context = nn.Linear(context, sizes[0], bias=not features) if context else None
+        if not features and not context:
+            self.constant = nn.Parameter(torch.zeros(sizes[0]))
+        self.layers = nn.ModuleList(
+            nn.Linear(before, after) for before, after in zip(sizes[:-1], sizes[1:])
+        )
+        self._zero_output()
+
+    def _zero_output(self) -> None:
+        last = [self.layers[-1]] if len(self.layers) else [self.input, self.context]
+        for linear in last:
+            if linear is not None:
+                for parameter in linear.parameters():
+                    nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Input ``(*batch, features)``, context ``(*batch, context)``; output ``(*batch, out)``."""
+        if self.input is not None:
+            h = self.input(x)
+            if self.context is not None:
+                h = h + self.context(context)
+        elif self.context is not None:
+            h = self.context(context)
+        else:
+            h = self.constant
+        # Without features the batch of x still counts.
+        h = h.expand(*torch.broadcast_shapes(h.shape[:-1], x.shape[:-1]), h.shape[-1])
+        for i, layer in enumerate(self.layers, start=1):
+            residual = i < len(self.layers) and is_residual(self.hidden_features, i)
+            out = layer(self.activation(h))
+            h = h + out if residual else out
+        return h

@@ -1,0 +1,14 @@
+"""Pure functions on tensors."""
+
+from pyroflows.numerics.bounded import bounded_exp, soft_clamp
+from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
+from pyroflows.numerics.splines import rational_quadratic_spline
+
+__all__ = [
+    "autoregressive_mask",
+    "binary_code",
+    "bounded_exp",
+    "hidden_degrees",
+    "rational_quadratic_spline",
+    "soft_clamp",
+]

@@ -1,0 +1,102 @@
+"""Linear maps of a vector event: permutation, elementwise affine, LU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyroflows.transforms.base import Transform
+from pyroflows.transforms.univariate import AffineTransform
+
+
+class PermutationTransform(Transform):
+    """Reordering of the features, ``y[..., i] = x[..., order[i]]``.
+
+    Examples
+    --------
+    >>> PermutationTransform(torch.tensor([2, 0, 1]))(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([3., 1., 2.])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, order: Tensor) -> None:
+        super().__init__()
+        self.order = order
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.index_select(-1, self.order), x.new_zeros(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return y.index_select(-1, self.order.argsort()), y.new_zeros(y.shape[:-1])
+
+
+class DiagonalAffineTransform(Transform):
+    r"""Elementwise affine map of a whole event, :math:`y = x \odot e^{s} + t`.
+
+    Parameters
+    ----------
+    shift, log_scale
+        Tensors of the event's shape.
+    """
+
+    def __init__(self, shift: Tensor, log_scale: Tensor) -> None:
+        super().__init__()
+        self.elementwise = AffineTransform(shift, log_scale)
+        self.event_dims = shift.dim()
+        self.domain = self.codomain = constraints.independent(constraints.real, self.event_dims)
+
+    def _total(self, value_and_ladj: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        value, ladj = value_and_ladj
+        return value, ladj.flatten(ladj.dim() - self.event_dims).sum(-1)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._total(self.elementwise.call_and_ladj(x))
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self._total(self.elementwise.inverse_and_ladj(y))
+
+
+class LUTransform(Transform):
+    r"""Dense affine map by its LU factors, :math:`y = L U x + b`.
+
+    :math:`L` is unit lower triangular, :math:`U` upper triangular with diagonal
+    :math:`e^{d} > 0`; ``log|det| = sum(d)``. The inverse is two triangular solves.
+
+    Parameters
+    ----------
+    factors
+        Shape ``(features, features)``: strictly below the diagonal those of :math:`L`, strictly
+        above those of :math:`U`; the diagonal is not read.
+    log_diagonal, bias
+        :math:`d` and :math:`b`, shape ``(features,)``.
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, factors: Tensor, log_diagonal: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.factors = factors
+        self.log_diagonal = log_diagonal
+        self.bias = bias
+
+    def _lower_upper(self) -> tuple[Tensor, Tensor]:
+        lower = self.factors.tril(-1) + torch.ones_like(self.log_diagonal).diag()
+        upper = self.factors.triu(1) + self.log_diagonal.exp().diag()
+        return lower, upper
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = self._lower_upper()
+        y = x @ (lower @ upper).mT + self.bias
+        return y, self.log_diagonal.sum().expand(y.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        lower, upper = self._lower_upper()
+        # One matrix of right-hand sides: batch dimensions would repeat the solve.
+        rhs = (y - self.bias).reshape(-1, y.shape[-1])
+        rhs = torch.linalg.solve_triangular(lower.mT, rhs, upper=True, left=False)
+        x = torch.linalg.solve_triangular(upper.mT, rhs, upper=False, left=False)
+        return x.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[:-1])
