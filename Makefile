@@ -1,0 +1,45 @@
+PYTHON ?= python3
+# Two processes with a thread each; more threads than cores slow small tensors down.
+export OMP_NUM_THREADS ?= 1
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test test-slow lint format types doctest docs clean
+
+demo: $(READY)
+	$(BIN)/pyroflows demo
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+# The tests' conftest.py also seeds the examples and clears the param store around each.
+doctest: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -p tests.conftest --doctest-modules pyroflows
+
+docs: $(READY)
+	$(BIN)/sphinx-build -q -W --keep-going docs docs/_build/html
+
+clean:
+	rm -rf .venv build dist demo docs/_build *.egg-info .hypothesis .*_cache
+
+# torch goes first and pinned: an open range would fetch gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
