@@ -1,0 +1,125 @@
+"""Checks of a transform at points: round trips, log-determinants, fused passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Transform as TorchTransform
+
+from pyroflows.testing.tools import (
+    CheckError,
+    check_close,
+    event_dim,
+    forward,
+    inverse,
+    jacobian,
+    per_event,
+    relative,
+)
+
+# Rounding errors add up over the operations of a stack: so many units in the last place.
+ROUNDINGS = 1000.0
+
+
+Direction = Callable[[TorchTransform, Tensor], tuple[Tensor, Tensor]]
+
+
+def _derivative(direction: Direction, transform: TorchTransform, x: Tensor) -> Tensor:
+    return jacobian(lambda v: direction(transform, v)[0], x, event_dim(transform))
+
+
+def _allowed(matrix: Tensor, tolerance: float) -> Tensor:
+    """The Jacobian's condition number times rounding, at least ``tolerance``; one per event."""
+    singular = torch.linalg.svdvals(matrix)
+    rounding = ROUNDINGS * torch.finfo(matrix.dtype).eps
+    return (singular[..., 0] / singular[..., -1] * rounding).clamp_min(tolerance)
+
+
+def check_round_trip(transform: TorchTransform, x: Tensor, tolerance: float = 1e-8) -> None:
+    """Forward then inverse, and inverse then forward, give back where they started.
+
+    Parameters
+    ----------
+    transform
+        Any torch transform.
+    x
+        Points, used as values of the base and as data.
+    tolerance
+        Smallest error allowed, relative to the largest coordinate where that exceeds one; beyond
+        it the Jacobian's condition number times rounding.
+
+    Examples
+    --------
+    >>> from torch.distributions import AffineTransform
+    >>> check_round_trip(AffineTransform(1.0, 2.0), torch.randn(5, dtype=torch.float64))
+    """
+    dims = event_dim(transform)
+    for what, there, back in (
+        ("forward then inverse", forward, inverse),
+        ("inverse then forward", inverse, forward),
+    ):
+        matrix = _derivative(there, transform, x)
+        between = there(transform, x)[0].detach()
+        start = x.expand(between.shape)
+        size = torch.maximum(start.abs(), between.abs()).reshape(
+            *between.shape[: x.dim() - dims], -1
+        )
+        allowed = _allowed(matrix, tolerance) * size.amax(-1).clamp_min(1.0)
+        check_close(what, back(transform, between)[0], start, per_event(allowed, dims))
+
+
+def check_jacobian(transform: TorchTransform, x: Tensor, tolerance: float = 1e-8) -> None:
+    """The log-determinants of both directions are those of the autodiff Jacobian.
+
+    Parameters
+    ----------
+    transform
+        Any torch transform.
+    x
+        Points, used as values of the base and as data.
+    tolerance
+        Smallest error allowed, in nats; beyond it the condition number times rounding.
+
+    Examples
+    --------
+    >>> from torch.distributions import ExpTransform
+    >>> check_jacobian(ExpTransform(), torch.rand(5, dtype=torch.float64))
+    """
+    for what, direction in (("forward", forward), ("inverse", inverse)):
+        matrix = _derivative(direction, transform, x)
+        got = direction(transform, x)[1]
+        check_close(f"{what} log|det J|", got, matrix.slogdet()[1], _allowed(matrix, tolerance))
+
+
+def check_fused(transform: Any, x: Tensor, tolerance: float = 1e-8) -> None:
+    """The fused passes equal the separate calls, on the transform and on its ``.inv``.
+
+    Parameters
+    ----------
+    transform
+        A transform with ``call_and_ladj`` and ``inverse_and_ladj``.
+    x
+        Points, used as values of the base and as data.
+    tolerance
+        Relative; a log-determinant may come from the other direction and carry its rounding.
+    """
+    y, forward_ladj = transform.call_and_ladj(x)
+    z, inverse_ladj = transform.inverse_and_ladj(x)
+    separate = transform.log_abs_det_jacobian
+    for what, got, expected in (
+        ("call", transform(x), y),
+        ("inverse", transform.inv(x), z),
+        ("log_abs_det_jacobian at x", separate(x, y), forward_ladj),
+        ("log_abs_det_jacobian at z", separate(z, x), -inverse_ladj),
+        ("inv.call_and_ladj, value", transform.inv.call_and_ladj(x)[0], z),
+        ("inv.call_and_ladj, ladj", transform.inv.call_and_ladj(x)[1], inverse_ladj),
+        ("inv.inverse_and_ladj, value", transform.inv.inverse_and_ladj(x)[0], y),
+        ("inv.inverse_and_ladj, ladj", transform.inv.inverse_and_ladj(x)[1], forward_ladj),
+    ):
+        check_close(what, got, expected, relative(tolerance, expected))
+    for shape in (x.shape, (0, *x.shape[1:])):
+        if transform.inverse_shape(transform.forward_shape(shape)) != torch.Size(shape):
+            raise CheckError(f"forward_shape and inverse_shape disagree on {tuple(shape)}")
