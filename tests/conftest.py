@@ -35,6 +35,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return DTYPES[request.config.getoption("--dtype")]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def example_names(doctest_namespace: dict[str, Any]) -> None:
+    """Docstring examples need not import what every user has imported."""
+    import pyroflows  # here, because test_import.py measures its effects through this file
+
+    doctest_namespace.update(pf=pyroflows, pyro=pyro, torch=torch)
+
+
 def global_state() -> dict[str, Any]:
     """What a library has no business changing."""
     return {
