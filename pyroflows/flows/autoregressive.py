@@ -51,12 +51,14 @@ class _AffineAutoregressive(Flow):
         transforms: int = 5,
         hidden_features: Sequence[int] = (64, 64),
         activation: Activation = nn.SiLU,
+        max_log_scale: float = 2.0,
         mixing: Mixing = "lu",
         act_norm: bool = False,
         base: Base | None = None,
     ) -> None:
+        affine = Affine(max_log_scale)
         layers = autoregressive_layers(
-            features, context, transforms, Affine(), hidden_features, activation, self.one_pass
+            features, context, transforms, affine, hidden_features, activation, self.one_pass
         )
         super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)
 
@@ -76,6 +78,8 @@ class MAF(_AffineAutoregressive):
         Number of autoregressive layers; the order of the features alternates.
     hidden_features, activation
         Of the conditioners, see `pyroflows.nn.MaskedResidualMLP`.
+    max_log_scale
+        Smooth bound of each layer's log-scale, see `pyroflows.transforms.Affine`.
     mixing
         ``"lu"`` for a learned dense affine map after each layer, None for none.
     act_norm
@@ -112,6 +116,8 @@ class IAF(_AffineAutoregressive):
         Number of autoregressive layers; the order of the features alternates.
     hidden_features, activation
         Of the conditioners, see `pyroflows.nn.MaskedResidualMLP`.
+    max_log_scale
+        Smooth bound of each layer's log-scale, see `pyroflows.transforms.Affine`.
     mixing
         ``"lu"`` for a learned dense affine map after each layer, None for none.
     act_norm

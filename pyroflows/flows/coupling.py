@@ -102,6 +102,8 @@ class RealNVP(Flow):
         Number of couplings.
     hidden_features, activation
         Of the conditioners, see `pyroflows.nn.ResidualMLP`.
+    max_log_scale
+        Smooth bound of each layer's log-scale, see `pyroflows.transforms.Affine`.
     mixing
         ``"lu"`` for a learned dense affine map after each coupling, None for none.
     act_norm
@@ -128,13 +130,13 @@ class RealNVP(Flow):
         transforms: int = 5,
         hidden_features: Sequence[int] = (64, 64),
         activation: Activation = nn.SiLU,
+        max_log_scale: float = 2.0,
         mixing: Mixing = "lu",
         act_norm: bool = False,
         base: Base | None = None,
     ) -> None:
-        layers = coupling_layers(
-            features, context, transforms, Affine(), hidden_features, activation
-        )
+        affine = Affine(max_log_scale)
+        layers = coupling_layers(features, context, transforms, affine, hidden_features, activation)
         super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)
 
 

@@ -88,6 +88,4 @@ class Flow(RecordedModule):
         base = self.base(context)
         if context is not None:
             base = base.expand(context.shape[:-1])
-        return FlowDistribution(
-            base, [transform], module=self, context_is_draw=context_is_draw
-        )
+        return FlowDistribution(base, [transform], module=self, context_is_draw=context_is_draw)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyroflows.nn import RecordedModule
 from pyroflows.transforms import Transform
 
 
-class Layer(nn.Module):
+class Layer(RecordedModule):
     """A module that builds an invertible transform, given a context.
 
     A subclass implements ``forward(context) -> Transform``; ``context`` is a tensor of shape

@@ -88,9 +88,7 @@ class CouplingLayer(Layer):
 
     def forward(self, context: Tensor | None = None) -> CouplingTransform:
         conditioner = Conditioner(self.network, self.univariate.count, context)
-        return CouplingTransform(
-            self.univariate, conditioner, self.order, self.restore, self.kept
-        )
+        return CouplingTransform(self.univariate, conditioner, self.order, self.restore, self.kept)
 
 
 class AutoregressiveLayer(Layer):

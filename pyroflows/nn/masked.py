@@ -126,9 +126,7 @@ class MaskedResidualMLP(nn.Module):
     def _is_residual(self, layer: int) -> bool:
         return layer < len(self.hidden_features) and is_residual(self.hidden_features, layer)
 
-    def unroll(
-        self, value: Tensor, context: Tensor | None = None
-    ) -> tuple[torch.Size, Unrolled]:
+    def unroll(self, value: Tensor, context: Tensor | None = None) -> tuple[torch.Size, Unrolled]:
         """Start an evaluation feature by feature.
 
         Parameters

@@ -7,7 +7,6 @@ parameters of zero always give the identity.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -87,9 +86,7 @@ class RationalQuadraticTransform(Transform):
         self.bound = bound
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(
-            x, self.widths, self.heights, self.slopes, self.bound
-        )
+        return rational_quadratic_spline(x, self.widths, self.heights, self.slopes, self.bound)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return rational_quadratic_spline(
@@ -127,12 +124,17 @@ class Affine:
     Parameters
     ----------
     max_log_scale
-        Smooth bound :math:`c` of the log-scale. The default lets one layer scale by a thousand:
-        enough for sharp conditionals, small enough that a stack does not overflow float32.
+        Smooth bound :math:`c` of the log-scale. A small bound keeps draws far out from being thrown
+        further by every layer, which is what makes deep stacks diverge; scales beyond it are the
+        business of several layers, or of linear ones.
     """
 
-    max_log_scale: float = math.log(1e3)
+    max_log_scale: float = 2.0
     count: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not self.max_log_scale > 0:
+            raise ValueError(f"max_log_scale: expected a positive bound, got {self.max_log_scale}")
 
     def __call__(self, params: Tensor) -> AffineTransform:
         return AffineTransform(params[0], soft_clamp(params[1], self.max_log_scale))

@@ -1,0 +1,374 @@
+"""AutoFlow: a flow as the guide of any Pyro model with continuous latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from pyroflows.distributions import FlowDistribution
+from pyroflows.errors import LocalLatentError, check_event
+from pyroflows.flows import NSF, Flow, RealNVP
+from pyroflows.guides.deltas import LatentDeltas
+from pyroflows.guides.log_joint import LogJoint
+from pyroflows.guides.param_store import adopt, claim
+from pyroflows.transforms import ComposedTransform
+
+#: Draws behind `AutoFlow.median` and `AutoFlow.quantiles`.
+QUANTILE_DRAWS = 10_000
+
+
+def default_flow(features: int) -> Flow:
+    """The flow that `AutoFlow` takes when none is given: one pass in either direction.
+
+    Six affine couplings with learned dense affine maps between them and last; in one dimension,
+    where a coupling has nothing to condition on, splines. Beyond 500 dimensions the dense maps,
+    quadratic in the dimension, are left out.
+    """
+    if features == 1:
+        return NSF(1, transforms=2, bins=16)
+    dense = features <= 500
+    return RealNVP(
+        features,
+        transforms=6,
+        hidden_features=(32, 32),
+        max_log_scale=1.0,
+        mixing="lu" if dense else None,
+        act_norm=not dense,
+    )
+
+
+def _init_anywhere(site: dict[str, Any], init_loc_fn: Callable[..., Tensor]) -> Tensor:
+    """The start value of a site, also where its prior cannot be sampled (ImproperUniform)."""
+    try:
+        return init_loc_fn(site)
+    except NotImplementedError:
+        fn = site["fn"]
+        to_support = biject_to(fn.support)
+        shape = to_support.inverse_shape(fn.shape())
+        return to_support(torch.zeros(shape))
+
+
+class AutoFlow(AutoContinuous):
+    r"""Guide of all global continuous latents by one normalizing flow.
+
+    The flow's distribution lives on the unconstrained latent vector :math:`u \in R^D`, all sites in
+    the order of the model. It starts where the model is: at ``init_loc_fn``'s values with standard
+    deviation ``init_scale``, in coordinates whitened by these two.
+
+    Works with Pyro's ``SVI`` and every ELBO, with ``Predictive``, ``NeuTraReparam`` and
+    `pyroflows.fit_svi`. ``Trace_ELBO``, ``TraceGraph_ELBO`` and ``TraceMeanField_ELBO`` train it by
+    path gradients ("sticking the landing"); ``RenyiELBO`` and ``TraceEnum_ELBO`` take the total
+    derivative, because they read ``log_prob`` alone.
+
+    Parameters
+    ----------
+    model
+        The model; its latents are continuous, or enumerated (``infer={"enumerate": "parallel"}``).
+    flow
+        A `pyroflows.Flow`, or a callable from the latent dimension to one (``pf.NSF``, a
+        ``partial``); by default `default_flow`. A flow whose standardisation is already set, for
+        instance by `pyroflows.fit_mle`, starts where it is.
+    name
+        Name of the parameters in Pyro's param store. Stored tensors of the same name and shape are
+        adopted, with a message. A second live guide takes ``name_1``, ``name_2``, ....
+    init_loc_fn
+        Start value of each site, as in Pyro's autoguides.
+    init_scale
+        Standard deviation to start with, in unconstrained units.
+    example_args, example_kwargs
+        The model's arguments; when given (an empty tuple for a model without arguments), parameters
+        exist right after construction, else from the first call on.
+
+    Raises
+    ------
+    LocalLatentError
+        For a latent inside a subsampled plate.
+    ParamStoreError
+        If stored parameters of this name have other shapes.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("scale", dist.HalfNormal(1.0))
+    >>> guide = AutoFlow(model, example_args=())
+    >>> guide.sample(5)["scale"].shape
+    torch.Size([5])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        flow: Flow | Callable[[int], Flow] | None = None,
+        *,
+        name: str = "AutoFlow",
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        example_args: Sequence[Any] | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, init_loc_fn=partial(_init_anywhere, init_loc_fn=init_loc_fn))
+        if not init_scale > 0:
+            raise ValueError(f"init_scale: expected a positive number, got {init_scale}")
+        # A tuple, so that a model that is a module does not become a part of the guide.
+        self._original_model = (model,)
+        self._init_scale = init_scale
+        self._make_flow = None if isinstance(flow, Flow) else flow or default_flow
+        self.flow = flow if isinstance(flow, Flow) else None
+        self._log_joint: LogJoint | None = None
+        self._own_name = self._pyro_name = claim(name, self)
+        if example_args is not None or example_kwargs is not None:
+            self._setup_prototype(*(example_args or ()), **(example_kwargs or {}))
+            with self._pyro_context:
+                self._register()
+
+    # --- model and construction ---------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The name of the guide's parameters in the param store, without the flow's own part."""
+        return str(self._pyro_name)
+
+    @property
+    def original_model(self) -> Callable[..., Any]:
+        """The model as it was given, without the handler that sets start values."""
+        model = self._original_model[0]
+        if model is None:
+            raise RuntimeError(
+                "this guide was unpickled, and models are not pickled. Construct the guide with "
+                "its model and use pyroflows.load, or load_state_dict."
+            )
+        return model
+
+    @property
+    def latent_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Unconstrained shape of each latent site, in the order of the latent vector."""
+        self._require_prototype()
+        return {name: tuple(shape) for name, shape in self._unconstrained_shapes.items()}
+
+    def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._setup_prototype(*args, **kwargs)
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            _check_latent(name, site)
+        full = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+        self._log_joint = LogJoint(self.original_model, full)
+        self._build_flow()
+
+    def _build_flow(self) -> None:
+        loc = self._init_loc()
+        if not loc.isfinite().all():
+            raise ValueError(f"init_loc_fn: expected finite unconstrained values, got {loc}")
+        flow = self._modules.get("flow")
+        if flow is None:
+            flow = self._make_flow(self.latent_dim)
+        if flow.event_shape != (self.latent_dim,):
+            raise ValueError(
+                f"flow: expected {self.latent_dim} features, the model's latent dimension, got "
+                f"event shape {tuple(flow.event_shape)}. Pass a callable such as pyroflows.NSF to "
+                "have the flow made for the dimension."
+            )
+        flow.to(dtype=loc.dtype, device=loc.device)
+        standardization = flow.transform.standardization
+        if standardization.is_identity():
+            standardization.set_(loc, self._init_scale)
+        self.flow = flow
+
+    def _require_prototype(self) -> None:
+        if self.prototype_trace is None:
+            raise RuntimeError(
+                "the guide does not know its model's latents yet: call guide(*args) once, or pass "
+                "example_args to the constructor"
+            )
+
+    def _ensure_prototype(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.prototype_trace is None:
+            self._setup_prototype(*args, **kwargs)
+
+    def _register(self) -> None:
+        """Bring flow and param store together; the attribute access below is ``pyro.module``."""
+        nested = self._pyro_name != self._own_name
+        self._pyro_name = claim(self._pyro_name, self, fixed=nested)
+        if not nested:
+            self._own_name = self._pyro_name
+        adopt(self._pyro_get_fullname("flow"), self._modules["flow"])
+        self.flow  # noqa: B018
+
+    # --- Pyro's autoguide contract ------------------------------------------------------------
+
+    def get_context(self, *args: Any, **kwargs: Any) -> Tensor | None:
+        """The flow's context, from the model's arguments; override it for a conditional flow."""
+        return None
+
+    def get_base_dist(self) -> Any:
+        """The flow's base distribution."""
+        self._require_prototype()
+        return self.flow.base()
+
+    def get_transform(self, *args: Any, **kwargs: Any) -> ComposedTransform:
+        """The flow's transform from base to unconstrained latents, made afresh."""
+        self._require_prototype()
+        return self.flow.transform.condition(self.get_context(*args, **kwargs))
+
+    def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
+        """The distribution of the unconstrained latent vector, event shape ``(latent_dim,)``."""
+        self._ensure_prototype(args, kwargs)
+        return self.flow(self.get_context(*args, **kwargs))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site; the model's arguments, Pyro's handlers."""
+        self._ensure_prototype(args, kwargs)
+        self._register()
+        with LatentDeltas():
+            return super().forward(*args, **kwargs)
+
+    # --- latents and values -------------------------------------------------------------------
+
+    def _unpack_with_ladj(self, latents: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        self._require_prototype()
+        check_event("latents", latents, (self.latent_dim,))
+        leading = latents.shape[:-1]
+        sizes = [shape.numel() for shape in self._unconstrained_shapes.values()]
+        values: dict[str, Tensor] = {}
+        total = latents.new_zeros(leading)
+        sites = self.prototype_trace.iter_stochastic_nodes()
+        for (name, site), part in zip(sites, latents.split(sizes, -1)):
+            u = part.reshape(leading + self._unconstrained_shapes[name])
+            to_support = biject_to(site["fn"].support)
+            values[name] = to_support(u)
+            ladj = to_support.log_abs_det_jacobian(u, values[name])
+            total = total + ladj.reshape(*leading, -1).sum(-1)
+        return values, total
+
+    def unpack(self, latents: Tensor) -> dict[str, Tensor]:
+        """Unconstrained vectors ``(..., latent_dim)`` to constrained values ``{site: (..., *)}``."""
+        return self._unpack_with_ladj(latents)[0]
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Constrained values ``{site: (..., *shape)}`` to unconstrained vectors ``(..., D)``.
+
+        Raises
+        ------
+        ValueError
+            If a site is missing or unknown.
+        ShapeError
+            If a value's rightmost dimensions are not the site's.
+        """
+        self._require_prototype()
+        expected = list(self._unconstrained_shapes)
+        if set(values) != set(expected):
+            raise ValueError(f"values: expected the sites {expected}, got {sorted(values)}")
+        parts = []
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            value, shape = values[name], site["value"].shape
+            check_event(name, value, shape)
+            u = biject_to(site["fn"].support).inv(value)
+            parts.append(u.reshape(*value.shape[: value.dim() - len(shape)], -1))
+        leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(*leading, part.shape[-1]) for part in parts], -1)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws of every site, ``{site: (num_samples, *shape)}``, without gradients."""
+        return self.unpack(self.get_posterior(*args, **kwargs).sample((num_samples,)))
+
+    def log_prob(self, values: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        r"""Log density of constrained values, in nats, of the shape of their leading dimensions.
+
+        .. math:: \log q(z) = \log q(u) - \log\left|\det \partial z / \partial u\right|
+        """
+        self._ensure_prototype(args, kwargs)
+        latents = self.pack(values)
+        return (
+            self.get_posterior(*args, **kwargs).log_prob(latents)
+            - self._unpack_with_ladj(latents)[1]
+        )
+
+    def log_joint(self, latents: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        r"""The model's log density over unconstrained latents, ``(S, D)`` to ``(S,)``, in nats.
+
+        .. math:: \log p(x, z(u)) + \log\left|\det \partial z / \partial u\right|
+
+        All draws are evaluated at once where the model broadcasts (see `LogJoint`). Enumerated
+        discrete sites are summed out. NaN where the model is undefined, no exception.
+        """
+        self._ensure_prototype(args, kwargs)
+        if latents.dim() != 2:
+            raise ValueError(
+                f"latents: expected shape (draws, {self.latent_dim}), got {tuple(latents.shape)}"
+            )
+        values, ladj = self._unpack_with_ladj(latents)
+        return self._log_joint(values, args, kwargs) + ladj
+
+    # --- summaries ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quantiles(
+        self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Marginal quantiles ``{site: (len(quantiles), *shape)}``.
+
+        Taken coordinate by coordinate in unconstrained space from 10,000 draws of a fixed seed, and
+        mapped to the constrained space.
+        """
+        posterior = self.get_posterior(*args, **kwargs)
+        levels = torch.as_tensor(quantiles, dtype=self.flow.dtype, device=self.flow.device)
+        devices = [self.flow.device] if self.flow.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            latents = posterior.sample((QUANTILE_DRAWS,))
+        return self.unpack(torch.quantile(latents, levels, dim=0))
+
+    def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Marginal medians ``{site: shape}``; see `quantiles`."""
+        return {site: q[0] for site, q in self.quantiles([0.5], *args, **kwargs).items()}
+
+    # --- copies -------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Models are functions or modules of the user's: they are not pickled.
+        state = self.__dict__.copy()
+        return {
+            **state,
+            "_model": (None,),
+            "_original_model": (None,),
+            "master": None,
+            "_log_joint": None,
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AutoFlow:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        # The model is shared, the name is the copy's own.
+        for attribute in ("_model", "_original_model", "_log_joint"):
+            new.__dict__[attribute] = self.__dict__[attribute]
+        return new
+
+
+def _check_latent(name: str, site: dict[str, Any]) -> None:
+    """Raise unless one flow over all latents can represent the site."""
+    if site_is_subsample(site):
+        return
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"site {name!r} is discrete: a flow guides continuous latents. Enumerate it with "
+            'infer={"enumerate": "parallel"} (pyro.infer.config_enumerate), or hide it with '
+            "pyro.poutine.block."
+        )
+    for frame in site["cond_indep_stack"]:
+        if frame.full_size is not None and frame.full_size != frame.size:
+            raise LocalLatentError(
+                f"site {name!r} is local to the subsampled plate {frame.name!r} ({frame.size} of "
+                f"{frame.full_size}): one flow over the minibatch's latents would be shared by all "
+                "minibatches. Use the full plate, or give the local latents an amortised guide."
+            )
