@@ -2,6 +2,7 @@
 
 from pyroflows import distributions, flows, layers, nn, numerics, transforms
 from pyroflows.flows import IAF, MAF, NICE, NSF, Flow, RealNVP
+from pyroflows.io import load, save
 
 __version__ = "0.1.0"
 
@@ -15,7 +16,9 @@ __all__ = [
     "distributions",
     "flows",
     "layers",
+    "load",
     "nn",
     "numerics",
+    "save",
     "transforms",
 ]

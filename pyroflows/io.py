@@ -1,0 +1,399 @@
+"""Flows and guides in one file: weights by safetensors, the recipe as JSON, no pickle.
+
+The weights and buffers are stored under their ``state_dict`` names. One metadata entry describes
+in JSON how to build the module that they belong to: public classes of this package by name and
+their constructors' arguments. Reading a file runs these constructors and no other code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, overload
+
+import pyro
+import safetensors.torch
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_feasible
+from pyro.params.param_store import param_with_module_name
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from pyroflows.errors import SavedFileError
+from pyroflows.flows import Flow
+from pyroflows.flows.description import (
+    DAMAGED,
+    Record,
+    build,
+    check_tensors,
+    describe,
+    field,
+    restore,
+    unseen,
+)
+from pyroflows.guides import AutoFlow
+
+__all__ = ["load", "save"]
+
+logger = logging.getLogger(__name__)
+
+#: Raised when an older pyroflows could no longer read what a newer one writes.
+FORMAT_VERSION = 1
+# One entry: safetensors writes several in no particular order, and equal content is equal bytes.
+_KEY = "pyroflows"
+
+Path = str | os.PathLike[str]
+
+
+def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
+    """Write a flow or a guide to one file, which `load` reads on any device.
+
+    Stored are all parameters and buffers with their dtypes, the class and its arguments, which
+    parameters are frozen (``requires_grad``), which are shared, and which modules train or
+    evaluate. Of a guide, also its name and the unconstrained shapes of its latent sites; not the
+    model, which `load` takes as an argument. Equal content gives equal bytes. The file appears
+    whole or not at all.
+
+    Parameters
+    ----------
+    flow_or_guide
+        A recipe such as `pyroflows.NSF`, a `pyroflows.Flow` of public layers, or a
+        `pyroflows.AutoFlow` that has seen its model.
+    path
+        The file to write, ``.safetensors`` by custom. An existing file is replaced.
+
+    Raises
+    ------
+    TypeError
+        If the file could not say how to build the module: a class of your own, a lambda as
+        activation, a module changed after construction.
+    ValueError
+        If there is nothing to store: a guide before its first call, tensors on the meta device.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pyroflows as pf
+    >>> flow = pf.NSF(2, transforms=2)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pf.save(flow, f"{folder}/flow.safetensors")
+    ...     again = pf.load(f"{folder}/flow.safetensors")
+    >>> x = torch.randn(5, 2)
+    >>> torch.equal(again().log_prob(x), flow().log_prob(x))
+    True
+    """
+    from pyroflows import __version__  # defined after this module is imported
+
+    flow, guide = _flow_of(flow_or_guide)
+    record, tensors = describe(flow)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "pyroflows_version": __version__,
+        "kind": "flow" if guide is None else "guide",
+        **record,
+    }
+    if guide is not None:
+        sites = [[site, list(shape)] for site, shape in guide.latent_shapes.items()]
+        record["guide"] = {"name": guide.name, "latent_shapes": sites}
+    metadata = {_KEY: json.dumps(record, allow_nan=False, separators=(",", ":"))}
+    _write(path, safetensors.torch.save(tensors, metadata))
+
+
+@overload
+def load(
+    path: Path, *, map_location: str | torch.device | None = None, model: None = None
+) -> Flow: ...
+
+
+@overload
+def load(
+    path: Path,
+    *,
+    map_location: str | torch.device | None = None,
+    model: Callable[..., Any],
+    example_args: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> AutoFlow: ...
+
+
+def load(
+    path: Path,
+    *,
+    map_location: str | torch.device | None = None,
+    model: Callable[..., Any] | None = None,
+    example_args: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Flow | AutoFlow:
+    """Read a flow or a guide that `save` wrote.
+
+    The result has the saved one's dtype, densities (to the bit), frozen parameters and training
+    mode. Neither the random state nor the default dtype or device matters or changes.
+
+    Parameters
+    ----------
+    path
+        The file.
+    map_location
+        Where to put a flow; by default the CPU, wherever it was saved. A guide goes where its
+        model's latents are, so that device is all that may be named here.
+    model
+        Of a guide: the model. Its latent sites must be those of the file.
+    example_args, example_kwargs
+        Of a guide: the model's arguments, if it takes any.
+
+    Returns
+    -------
+    Flow or AutoFlow
+        What was saved. A guide's parameters are in Pyro's param store under its name (or the next
+        free one, where another live guide has it), in place of what a former guide left there.
+
+    Raises
+    ------
+    SavedFileError
+        If the file is damaged, was not written by `save`, is of a newer format, or does not fit
+        the model.
+    ValueError
+        If ``model`` or its arguments are missing or not called for.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import pyro, pyro.distributions as dist
+    >>> import pyroflows as pf
+    >>> def model():
+    ...     pyro.sample("scale", dist.HalfNormal(1.0))
+    >>> guide = pf.guides.AutoFlow(model, name="scale_guide", example_args=())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pf.save(guide, f"{folder}/guide.safetensors")
+    ...     del guide
+    ...     guide = pf.load(f"{folder}/guide.safetensors", model=model)
+    >>> guide.latent_shapes
+    {'scale': ()}
+    """
+    with _about(path):
+        record, tensors = _read(path)
+        kind = field(record, "kind", str)
+        if kind not in ("flow", "guide"):
+            raise SavedFileError(f"kind: expected 'flow' or 'guide', got {kind!r}. {DAMAGED}")
+        flow = build(record)
+        check_tensors(flow, record, tensors)
+    arguments = (tuple(example_args or ()), dict(example_kwargs or {}))
+    if kind == "flow":
+        if model is not None or any(arguments):
+            raise ValueError(
+                f"{path} holds a flow: it takes no model and no example arguments. For a guide "
+                "with this flow write AutoFlow(model, load(path))."
+            )
+        flow.to(device="cpu" if map_location is None else map_location)
+        restore(flow, record, tensors)
+        return flow
+    model = _checked_model(path, model, arguments)
+    with _about(path):
+        return _build_guide(flow, record, tensors, model, arguments, map_location)
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong with it."""
+    try:
+        yield
+    except SavedFileError as error:
+        raise SavedFileError(f"{os.fspath(path)}: {error}") from error
+    except RecursionError as error:
+        raise SavedFileError(
+            f"{os.fspath(path)}: the description is nested too deeply. {DAMAGED}"
+        ) from error
+
+
+def _flow_of(flow_or_guide: Any) -> tuple[Flow, AutoFlow | None]:
+    if isinstance(flow_or_guide, Flow):
+        return flow_or_guide, None
+    if type(flow_or_guide) is not AutoFlow:
+        raise TypeError(
+            f"expected a Flow or an AutoFlow, got {type(flow_or_guide).__name__}. Of a guide class "
+            "of your own save the flow: save(guide.flow, path)."
+        )
+    flow = flow_or_guide.flow
+    if not isinstance(flow, Flow) or flow_or_guide.prototype_trace is None:
+        raise ValueError(
+            "the guide does not know its model's latents yet, so there is nothing to save: call "
+            "guide(*args) once, or construct it with example_args"
+        )
+    return flow, flow_or_guide
+
+
+# --- guides ---------------------------------------------------------------------------------------
+
+
+def _checked_model(
+    path: Path, model: Callable[..., Any] | None, arguments: tuple[tuple[Any, ...], Record]
+) -> Callable[..., Any]:
+    """The model, if there is one and it takes these arguments."""
+    if model is None:
+        raise ValueError(
+            f"{os.fspath(path)} holds a guide, and models are not saved: pass the model, "
+            "load(path, model=model, example_args=(...))"
+        )
+    try:
+        signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+    except (TypeError, ValueError):  # some callables do not tell
+        return model
+    args, kwargs = arguments
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"the model takes {signature}, and example_args and example_kwargs do not fit "
+            f"({error}): pass arguments of the shapes that the guide was made with"
+        ) from error
+    return model
+
+
+def _check_sites(saved: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless the model's latent vector is the saved one."""
+    for site in [*saved, *found]:
+        if saved.get(site) != found.get(site):
+            shapes = [s.get(site, "no such site") for s in (saved, found)]
+            raise SavedFileError(
+                f"site {site!r}: the guide was saved with unconstrained shape {shapes[0]}, the "
+                f"model has {shapes[1]}. Pass the model that the guide was made for, with "
+                "arguments of the same shapes."
+            )
+    if list(saved) != list(found):
+        raise SavedFileError(
+            f"the guide was saved with the sites in the order {list(saved)}, the model has them as "
+            f"{list(found)}, and the latent vector follows that order. Put the model's sample "
+            "statements back in order."
+        )
+
+
+def _guide_record(record: Record) -> tuple[str, dict[str, tuple[int, ...]]]:
+    guide = field(record, "guide", dict)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in field(guide, "latent_shapes", list):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
+            raise SavedFileError(f"latent_shapes: expected [site, shape], got {entry}. {DAMAGED}")
+        shapes[str(entry[0])] = tuple(entry[1])
+    return field(guide, "name", str), shapes
+
+
+def _build_guide(
+    flow: Flow,
+    record: Record,
+    tensors: Mapping[str, Tensor],
+    model: Callable[..., Any],
+    arguments: tuple[tuple[Any, ...], Record],
+    map_location: str | torch.device | None,
+) -> AutoFlow:
+    name, shapes = _guide_record(record)
+
+    def checked(features: int) -> Flow:
+        """Called when the guide has met its model, before anything is registered."""
+        _check_sites(shapes, guide.latent_shapes)
+        trace: Any = guide.prototype_trace
+        values = [trace.nodes[site]["value"] for site in shapes]
+        _check_place(values, flow.dtype, map_location)
+        _forget(guide.name, flow)
+        return flow
+
+    # Start values are the file's: the model's own, which may be costly or undefined, do not matter.
+    guide = AutoFlow(model, checked, name=name, init_loc_fn=init_to_feasible)
+    args, kwargs = arguments
+    with unseen(), poutine.block():
+        guide(*args, **kwargs)
+    # Once more, for meeting the model may have moved the flow and set its standardisation.
+    restore(flow, record, tensors)
+    guide.training = flow.training
+    guide._make_flow = None  # as in a guide that was given its flow; a closure does not pickle
+    return guide
+
+
+def _forget(name: str, flow: Flow) -> None:
+    """Drop what the param store holds for the flow of a guide that is gone: the file replaces it.
+
+    Without this the new guide would adopt those values.
+    """
+    store = pyro.get_param_store()
+    keys = [key for key, _ in (*flow.named_parameters(), *flow.named_buffers())]
+    stored = [param_with_module_name(f"{name}.flow", key) for key in keys]
+    stored = [key for key in stored if key in store]
+    for key in stored:
+        del store[key]
+    if stored:
+        logger.warning("%s: %d tensors of the param store replaced", name, len(stored))
+
+
+def _check_place(
+    values: Sequence[Tensor], dtype: torch.dtype, map_location: str | torch.device | None
+) -> None:
+    """Raise unless the model's latents have the flow's dtype and are where they were wanted."""
+    latents = torch.cat([value.reshape(-1) for value in values])
+    if latents.dtype != dtype:
+        raise SavedFileError(
+            f"the guide was saved in {dtype}, the model's latents are {latents.dtype}. Pass "
+            f"example arguments of {dtype}, or set the default dtype that the model was run with."
+        )
+    wanted = latents.device if map_location is None else torch.device(map_location)
+    if wanted.type != latents.device.type or wanted.index not in (None, latents.device.index):
+        raise ValueError(
+            f"map_location: the model's latents are on {latents.device}, and so will the guide be; "
+            f"got {wanted}. Move the model and its example arguments, or leave map_location out."
+        )
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
+    """Description and tensors; of a foreign file no tensor is read."""
+    try:
+        with safe_open(os.fspath(path), framework="pt") as file:
+            record = _parse(file.metadata())
+            return record, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SavedFileError(
+            f"expected a safetensors file written by pyroflows.save, got one that is truncated or "
+            f"of another kind ({error}). Save it again, or restore a copy."
+        ) from error
+
+
+def _parse(metadata: Mapping[str, str] | None) -> Record:
+    if _KEY not in (metadata or {}):
+        raise SavedFileError(
+            "expected a file written by pyroflows.save, got a safetensors file without its "
+            "description. Read foreign weights with safetensors.torch.load_file."
+        )
+    try:
+        record = json.loads((metadata or {})[_KEY])
+    except ValueError as error:
+        raise SavedFileError(f"the description is not JSON ({error}). {DAMAGED}") from error
+    version = field(record, "format_version", int)
+    if version < 1:
+        raise SavedFileError(f"format version {version}: expected 1 or more. {DAMAGED}")
+    if version > FORMAT_VERSION:
+        raise SavedFileError(
+            f"format version {version}, written by pyroflows {record.get('pyroflows_version')}; "
+            f"this pyroflows reads versions up to {FORMAT_VERSION}. Update pyroflows."
+        )
+    return dict(record)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """All or nothing, with the permissions that a new file gets here."""
+    target = os.path.realpath(path)  # a link keeps pointing to the file
+    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
