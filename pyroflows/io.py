@@ -292,6 +292,7 @@ def _build_guide(
     map_location: str | torch.device | None,
 ) -> AutoFlow:
     name, shapes = _guide_record(record)
+    restore(flow, record, tensors)
 
     def checked(features: int) -> Flow:
         """Called when the guide has met its model, before anything is registered."""
@@ -353,7 +354,7 @@ def _check_place(
 def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
     """Description and tensors; of a foreign file no tensor is read."""
     try:
-        with safe_open(os.fspath(path), framework="pt") as file:
+        with torch.device("cpu"), safe_open(os.fspath(path), framework="pt") as file:
             record = _parse(file.metadata())
             return record, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

@@ -472,7 +472,7 @@ def test_every_part_of_the_description_is_required(saved: Path) -> None:
         (lambda t: t.update(more=torch.zeros(1)), "more does not belong there"),
         (lambda t: t.update({"base.loc": torch.zeros(3)}), r"shape \(2,\) of .* got shape \(3,\)"),
         (lambda t: t.update({"base.loc": torch.zeros(2).double()}), "got shape .* torch.float64"),
-        (lambda t: t.clear(), r"22 problem\(s\)|problem\(s\)"),
+        (lambda t: [t.pop(k) for k in list(t) if k != "base.loc"], r"\d\d problem\(s\): .*factors"),
     ],
 )
 def test_other_tensors_are_refused(
@@ -557,6 +557,8 @@ def test_a_guide_comes_back_in_the_same_session(guide: AutoFlow, path: Path) -> 
     assert [p.requires_grad for p in again.parameters()] == [
         p.requires_grad for p in guide.parameters()
     ]
+    frozen = "guide_1.flow$$$transform.layers.0.network"
+    assert not [name for name in pyro.get_param_store() if name.startswith(frozen)]
     again(Y)
     assert torch.equal(posterior(again), expected)
     train(again, Y)
@@ -592,7 +594,7 @@ def test_a_param_store_of_another_shape_is_replaced(path: Path) -> None:
     assert torch.equal(posterior(again), expected)
 
 
-def test_a_loaded_guide_copies_pickles_and_saves_again(path: Path) -> None:
+def test_a_loaded_guide_copies_and_saves_again(path: Path) -> None:
     guide = make_guide()
     pf.save(guide, path)
     content = path.read_bytes()
@@ -602,7 +604,6 @@ def test_a_loaded_guide_copies_pickles_and_saves_again(path: Path) -> None:
     pf.save(again, path)
     assert path.read_bytes() == content
     assert torch.equal(posterior(copy.deepcopy(again)), expected)
-    pickle.dumps(again)
 
 
 def test_a_guide_of_the_default_flow_and_no_arguments_comes_back(path: Path) -> None:
