@@ -33,6 +33,7 @@ from pyroflows.flows.description import (
     build,
     check_tensors,
     describe,
+    digest,
     field,
     restore,
     unseen,
@@ -47,7 +48,6 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 # One entry: safetensors writes several in no particular order, and equal content is equal bytes.
 _KEY = "pyroflows"
-
 Path = str | os.PathLike[str]
 
 
@@ -57,8 +57,8 @@ def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
     Stored are all parameters and buffers with their dtypes, the class and its arguments, which
     parameters are frozen (``requires_grad``), which are shared, and which modules train or
     evaluate. Of a guide, also its name and the unconstrained shapes of its latent sites; not the
-    model, which `load` takes as an argument. Equal content gives equal bytes. The file appears
-    whole or not at all.
+    model, which `load` takes as an argument. Equal content gives equal bytes, with a checksum. The
+    file appears whole or not at all.
 
     Parameters
     ----------
@@ -101,6 +101,7 @@ def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
     if guide is not None:
         sites = [[site, list(shape)] for site, shape in guide.latent_shapes.items()]
         record["guide"] = {"name": guide.name, "latent_shapes": sites}
+    record["sha256"] = digest(record, tensors)
     metadata = {_KEY: json.dumps(record, allow_nan=False, separators=(",", ":"))}
     _write(path, safetensors.torch.save(tensors, metadata))
 
@@ -183,6 +184,8 @@ def load(
             raise SavedFileError(f"kind: expected 'flow' or 'guide', got {kind!r}. {DAMAGED}")
         flow = build(record)
         check_tensors(flow, record, tensors)
+        if field(record, "sha256", str) != digest(record, tensors):
+            raise SavedFileError(f"the content is not what was saved. {DAMAGED}")
     arguments = (tuple(example_args or ()), dict(example_kwargs or {}))
     if kind == "flow":
         if model is not None or any(arguments):
@@ -244,9 +247,8 @@ def _checked_model(
         signature = inspect.signature(model.forward if isinstance(model, nn.Module) else model)
     except (TypeError, ValueError):  # some callables do not tell
         return model
-    args, kwargs = arguments
     try:
-        signature.bind(*args, **kwargs)
+        signature.bind(*arguments[0], **arguments[1])
     except TypeError as error:
         raise ValueError(
             f"the model takes {signature}, and example_args and example_kwargs do not fit "
@@ -305,9 +307,8 @@ def _build_guide(
 
     # Start values are the file's: the model's own, which may be costly or undefined, do not matter.
     guide = AutoFlow(model, checked, name=name, init_loc_fn=init_to_feasible)
-    args, kwargs = arguments
     with unseen(), poutine.block():
-        guide(*args, **kwargs)
+        guide(*arguments[0], **arguments[1])
     # Once more, for meeting the model may have moved the flow and set its standardisation.
     restore(flow, record, tensors)
     guide.training = flow.training
@@ -322,8 +323,7 @@ def _forget(name: str, flow: Flow) -> None:
     """
     store = pyro.get_param_store()
     keys = [key for key, _ in (*flow.named_parameters(), *flow.named_buffers())]
-    stored = [param_with_module_name(f"{name}.flow", key) for key in keys]
-    stored = [key for key in stored if key in store]
+    stored = {param_with_module_name(f"{name}.flow", key) for key in keys} & set(store)
     for key in stored:
         del store[key]
     if stored:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -200,6 +202,16 @@ def _tensors(flow: Flow, record: Record) -> dict[str, Tensor]:
             "flow.to_empty(device=...) and load values first"
         )
     return {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+
+
+def digest(record: Record, tensors: Mapping[str, Tensor]) -> str:
+    """Fingerprint of the whole content, but for the record's own ``sha256``."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    content = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        content.update(name.encode())
+        content.update(tensors[name].flatten().view(torch.uint8).numpy().tobytes())
+    return content.hexdigest()
 
 
 @contextmanager
