@@ -111,5 +111,16 @@ class StudentT(Base):
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         df = self.min_df + self.log_excess_df.exp()
-        student = dist.StudentT(df, self.loc, self.scale, validate_args=False)
-        return student.to_event(len(self.event_shape))
+        return _student_t(df, self.loc, self.scale).to_event(len(self.event_shape))
+
+
+def _student_t(df: Tensor, loc: Tensor, scale: Tensor) -> dist.StudentT:
+    """Without the check of values that torch's constructor makes on its inner chi-square.
+
+    Meta tensors have no values, a compiled graph would break, and a GPU would have to wait.
+    """
+    student = dist.StudentT.__new__(dist.StudentT)
+    student.df, student.loc, student.scale = df, loc, scale
+    student._chi2 = dist.Chi2(df, validate_args=False)
+    torch.distributions.Distribution.__init__(student, df.shape, validate_args=False)
+    return student

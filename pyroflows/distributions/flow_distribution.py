@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from pyro.distributions import TransformedDistribution
 from pyro.distributions.score_parts import ScoreParts
-from pyro.distributions.util import detach, sum_rightmost
+from pyro.distributions.util import detach
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Independent
 from torch.distributions import transforms as torch_transforms
 
 from pyroflows.distributions.registration import check_registered
 from pyroflows.errors import check_dtype, check_event
+from pyroflows.numerics import sum_rightmost
 from pyroflows.transforms import ComposedTransform
 from pyroflows.transforms.base import constant
 
@@ -23,6 +24,14 @@ class _Draw(NamedTuple):
     value: Tensor
     version: int
     log_prob: Tensor
+
+
+def _base_log_prob(base_dist: Distribution, z: Tensor) -> Tensor:
+    """As ``base_dist.log_prob(z)``, which of torch's Independent fails for an empty batch."""
+    if isinstance(base_dist, Independent):
+        dims = base_dist.reinterpreted_batch_ndims
+        return sum_rightmost(_base_log_prob(base_dist.base_dist, z), dims)
+    return base_dist.log_prob(z)
 
 
 class FlowDistribution(TransformedDistribution):
@@ -104,7 +113,7 @@ class FlowDistribution(TransformedDistribution):
 
     def _forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
         x, ladj = self._transform.call_and_ladj(z)
-        return x, self.base_dist.log_prob(z) - sum_rightmost(ladj, self._extra_dims())
+        return x, _base_log_prob(self.base_dist, z) - sum_rightmost(ladj, self._extra_dims())
 
     def rsample_and_log_prob(
         self, sample_shape: Sequence[int] = torch.Size()
@@ -136,7 +145,7 @@ class FlowDistribution(TransformedDistribution):
             check_dtype("value", value, self.module.dtype)
         self._check_registered()
         z, ladj = self._transform.inverse_and_ladj(value)
-        return self.base_dist.log_prob(z) + sum_rightmost(ladj, self._extra_dims())
+        return _base_log_prob(self.base_dist, z) + sum_rightmost(ladj, self._extra_dims())
 
     # --- gradients ----------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class Conditioner:
         return functional_call(_Method(self.network, method), constants, (x, self.context))
 
     def __call__(self, x: Tensor) -> Tensor:
-        params = self._evaluate("forward", x)
+        params = self._evaluate("__call__", x)
         return params.unflatten(-1, (self.count, -1)).movedim(-2, 0)
 
     def unroll(self, value: Tensor) -> tuple[torch.Size, Unrolled]:

@@ -25,6 +25,14 @@ def _knots(raw: Tensor, bound: float) -> Tensor:
     return torch.cat([-edge, inner, edge])
 
 
+def _to_batch(raw: Tensor, shape: torch.Size) -> Tensor:
+    """Parameters of each point: ``(bins, ...)`` to ``(bins, *shape)``, bins staying in front."""
+    if raw.shape[1:] == shape:
+        return raw
+    missing = (1,) * (len(shape) + 1 - raw.dim())
+    return raw.reshape(raw.shape[0], *missing, *raw.shape[1:]).expand(-1, *shape)
+
+
 def _at_bin(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(0, index).squeeze(0)
 
@@ -81,10 +89,7 @@ def rational_quadratic_spline(
     """
     shape = torch.broadcast_shapes(x.shape, widths.shape[1:])
     x = x.expand(shape)
-    widths, heights, slopes = (
-        p.expand(p.shape[0], *shape) if p.shape[1:] != shape else p
-        for p in (widths, heights, slopes)
-    )
+    widths, heights, slopes = (_to_batch(p, shape) for p in (widths, heights, slopes))
     knots_x, knots_y = _knots(widths, bound), _knots(heights, bound)
     one = torch.ones_like(slopes[:1]) if len(slopes) else torch.ones_like(widths[:1])
     knot_slopes = torch.cat([one, bounded_exp(slopes, LOG_SLOPE), one])

@@ -224,9 +224,9 @@ def check_mass(distribution: Distribution, points: int = 401, tolerance: float =
     distribution
         Of event shape ``(1,)`` or ``(2,)`` and no batch.
     points
-        Of the grid, per dimension. It reaches half as far again as 4096 draws do.
+        Of the grid, per dimension: dense near the median, and a thousand deviations wide.
     tolerance
-        Of the mass, for a grid of that step.
+        Of the mass. Coarse, for a grid sees nothing much narrower than its step.
 
     Examples
     --------
@@ -236,10 +236,10 @@ def check_mass(distribution: Distribution, points: int = 401, tolerance: float =
     if distribution.event_shape not in ((1,), (2,)) or distribution.batch_shape:
         raise ShapeError(f"expected an event of one or two features, got {distribution}")
     draws = distribution.sample(torch.Size((4096,)))
-    centre = draws.mean(0)
-    reach = 1.5 * (draws - centre).abs().amax(0)
-    steps = torch.linspace(-1, 1, points, dtype=draws.dtype, device=draws.device)
-    axes = [c + r * steps for c, r in zip(centre, reach, strict=True)]
+    centre = draws.median(0)[0]
+    deviation = (draws - centre).abs().median(0)[0]
+    steps = torch.linspace(-7.6, 7.6, points, dtype=draws.dtype, device=draws.device).sinh()
+    axes = [c + d * steps for c, d in zip(centre, deviation, strict=True)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
     mass = torch.cat([distribution.log_prob(part).exp() for part in grid.split(32)])
     for axis in reversed(axes):

@@ -32,10 +32,14 @@ def _derivative(direction: Direction, transform: TorchTransform, x: Tensor) -> T
 
 
 def _allowed(matrix: Tensor, tolerance: float) -> Tensor:
-    """The Jacobian's condition number times rounding, at least ``tolerance``; one per event."""
+    """The Jacobian's condition number times rounding, at least ``tolerance``; one per event.
+
+    Infinite where that exceeds one: there is no digit left to check.
+    """
     singular = torch.linalg.svdvals(matrix)
     rounding = ROUNDINGS * torch.finfo(matrix.dtype).eps
-    return (singular[..., 0] / singular[..., -1] * rounding).clamp_min(tolerance)
+    allowed = singular[..., 0] / singular[..., -1] * rounding
+    return allowed.masked_fill(~(allowed < 1), torch.inf).clamp_min(tolerance)
 
 
 def check_round_trip(transform: TorchTransform, x: Tensor, tolerance: float = 1e-8) -> None:

@@ -79,4 +79,4 @@ class AutoregressiveTransform(Transform):
                 break
             feature, params = steps.send(solved[feature])
         x = torch.stack([solved[i] for i in range(len(columns))], dim=-1)
-        return x.reshape(*batch, -1), torch.stack(ladjs).sum(0).reshape(batch)
+        return x.reshape(*batch, len(columns)), torch.stack(ladjs).sum(0).reshape(batch)

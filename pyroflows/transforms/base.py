@@ -8,10 +8,11 @@ from functools import singledispatch
 from typing import Any
 
 import torch
-from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions import transforms as torch_transforms
+
+from pyroflows.numerics import sum_rightmost
 
 
 class Transform(torch_transforms.Transform):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyroflows.numerics import sum_rightmost
 from pyroflows.transforms.base import Transform
 from pyroflows.transforms.univariate import AffineTransform
 
@@ -50,7 +51,7 @@ class DiagonalAffineTransform(Transform):
 
     def _total(self, value_and_ladj: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         value, ladj = value_and_ladj
-        return value, ladj.flatten(ladj.dim() - self.event_dims).sum(-1)
+        return value, sum_rightmost(ladj, self.event_dims)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._total(self.elementwise.call_and_ladj(x))
