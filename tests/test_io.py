@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -169,6 +170,15 @@ def test_positions_and_names_of_arguments_are_one(path: Path, tmp_path: Path) ->
     torch.manual_seed(0)
     pf.save(pf.MAF(context=1, features=2, **SMALL), tmp_path / "other")
     assert path.read_bytes() == (tmp_path / "other").read_bytes()
+
+
+def test_defaults_are_written_down(path: Path) -> None:
+    """A later version with other defaults must read what this one wrote."""
+    pf.save(pf.NSF(2), path)
+    described = record(path)["flow"]["arguments"]
+    assert set(described) == set(inspect.signature(pf.NSF.__init__).parameters) - {"self"}
+    assert described["bound"] == 5.0
+    assert described["activation"] == {"torch.nn": "SiLU"}
 
 
 def test_float64_and_low_precision_come_back(path: Path) -> None:

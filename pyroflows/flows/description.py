@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -69,7 +70,10 @@ def _arguments(value: Any) -> dict[str, Any]:
     if not isinstance(value, RecordedModule):
         names = [field.name for field in dataclasses.fields(value) if field.init]
         return {name: getattr(value, name) for name in names}
-    arguments = value.arguments
+    # With the defaults: a later pyroflows may choose others, and the file must not follow.
+    given = value.arguments
+    _, *parameters = inspect.signature(type(value).__init__).parameters.values()
+    arguments = {p.name: given.get(p.name, p.default) for p in parameters}
     if isinstance(value, Flow) and "layers" in arguments:
         # They may have been given as an iterator, which is spent by now.
         arguments["layers"] = list(value.transform.layers)
