@@ -1,8 +1,22 @@
 """Normalizing flows for Pyro: density models and variational guides from one stack."""
 
-from pyroflows import distributions, flows, layers, nn, numerics, transforms
+from pyroflows import (
+    diagnostics,
+    distributions,
+    flows,
+    guides,
+    layers,
+    nn,
+    numerics,
+    training,
+    transforms,
+)
+from pyroflows.diagnostics import PSIS, psis, to_arviz
+from pyroflows.distributions import FlowDistribution
 from pyroflows.flows import IAF, MAF, NICE, NSF, Flow, RealNVP
+from pyroflows.guides import AutoFlow
 from pyroflows.io import load, save
+from pyroflows.training import fit_mle, fit_svi
 
 __version__ = "0.1.0"
 
@@ -11,14 +25,24 @@ __all__ = [
     "MAF",
     "NICE",
     "NSF",
+    "PSIS",
+    "AutoFlow",
     "Flow",
+    "FlowDistribution",
     "RealNVP",
+    "diagnostics",
     "distributions",
+    "fit_mle",
+    "fit_svi",
     "flows",
+    "guides",
     "layers",
     "load",
     "nn",
     "numerics",
+    "psis",
     "save",
+    "to_arviz",
+    "training",
     "transforms",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,3 +90,9 @@ class Flow(RecordedModule):
         if context is not None:
             base = base.expand(context.shape[:-1])
         return FlowDistribution(base, [transform], module=self, context_is_draw=context_is_draw)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pyro's param store leaves weak references on parameters, which cannot be pickled.
+        for parameter in self.parameters():
+            parameter.__dict__.pop("unconstrained", None)
+        return self.__dict__.copy()

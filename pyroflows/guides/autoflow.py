@@ -129,8 +129,7 @@ class AutoFlow(AutoContinuous):
         self._own_name = self._pyro_name = claim(name, self)
         if example_args is not None or example_kwargs is not None:
             self._setup_prototype(*(example_args or ()), **(example_kwargs or {}))
-            with self._pyro_context:
-                self._register()
+            self.register()
 
     # --- model and construction ---------------------------------------------------------------
 
@@ -193,6 +192,12 @@ class AutoFlow(AutoContinuous):
     def _ensure_prototype(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.prototype_trace is None:
             self._setup_prototype(*args, **kwargs)
+
+    def register(self, *args: Any, **kwargs: Any) -> None:
+        """Enter the parameters in Pyro's param store, as any call of the guide does."""
+        self._ensure_prototype(args, kwargs)
+        with self._pyro_context:
+            self._register()
 
     def _register(self) -> None:
         """Bring flow and param store together; the attribute access below is ``pyro.module``."""

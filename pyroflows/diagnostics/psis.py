@@ -1,0 +1,219 @@
+"""Pareto-smoothed importance sampling: whether to trust a guide, and the posterior regardless."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyroflows.diagnostics.predictions import isolated
+
+#: Draws whose log joint is evaluated at once, so that memory does not grow with their number.
+CHUNK = 2_000
+#: Bootstrap replicates behind the interval of k-hat.
+REPLICATES = 50
+
+
+@dataclass(frozen=True)
+class PSIS:
+    r"""Importance weights of a guide's draws against the model's posterior, and their verdict.
+
+    Attributes
+    ----------
+    k_hat
+        Shape of the generalised Pareto distribution fitted to the largest weights.
+    k_hat_interval
+        5% and 95% quantiles of its bootstrap distribution.
+    ess
+        Effective number of draws, :math:`1 / \sum w^2` of the smoothed normalised weights.
+    log_evidence, log_evidence_error
+        Estimate of :math:`\log p(x)` in nats, and its standard error.
+    elbo
+        Mean log weight in nats; below the log evidence by the Kullback-Leibler divergence.
+    log_weights
+        Smoothed, normalised logarithms of the weights, shape ``(num_samples,)``.
+    latents
+        The draws in unconstrained space, shape ``(num_samples, D)``.
+    dropped
+        Draws at which the model's density was not a number; they have weight zero.
+
+    References
+    ----------
+    Vehtari, Simpson, Gelman, Yao and Gabry, "Pareto smoothed importance sampling", JMLR 2024;
+    Yao, Vehtari, Simpson and Gelman, "Yes, but did it work?", ICML 2018.
+    """
+
+    k_hat: float
+    k_hat_interval: tuple[float, float]
+    ess: float
+    log_evidence: float
+    log_evidence_error: float
+    elbo: float
+    log_weights: Tensor = field(repr=False)
+    latents: Tensor = field(repr=False)
+    dropped: int
+    unpack: Callable[[Tensor], dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of draws."""
+        return len(self.log_weights)
+
+    @property
+    def threshold(self) -> float:
+        """The largest k-hat at which this many draws give a reliable estimate."""
+        return min(1 - 1 / math.log10(max(self.num_samples, 11)), 0.7)
+
+    @property
+    def verdict(self) -> str:
+        """ "good", "use with weights" or "do not trust"."""
+        if not self.k_hat < self.threshold:
+            return "do not trust"
+        return "good" if self.ess >= 0.5 * self.num_samples else "use with weights"
+
+    def resample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Draws of the reweighted posterior with replacement, ``{site: (num_samples, ...)}``."""
+        if num_samples < 1:
+            raise ValueError(f"num_samples: expected at least 1, got {num_samples}")
+        with isolated(seed):
+            index = torch.multinomial(self.log_weights.exp(), num_samples, replacement=True)
+        return self.unpack(self.latents[index])
+
+    def __str__(self) -> str:
+        advice = {
+            "good": "the draws can be used as they are",
+            "use with weights": "take .resample(n) instead of the draws themselves",
+            "do not trust": "fit longer, use a larger flow, or check with NUTS",
+        }
+        low, high = self.k_hat_interval
+        lines = [
+            f"{self.verdict}: {advice[self.verdict]}",
+            f"  k-hat          {self.k_hat:.2f} ({low:.2f} to {high:.2f}), "
+            f"reliable below {self.threshold:.2f}",
+            f"  effective draws {self.ess:.0f} of {self.num_samples}",
+            f"  log evidence   {self.log_evidence:.2f} ± {self.log_evidence_error:.2f} nats "
+            f"(ELBO {self.elbo:.2f})",
+        ]
+        if self.dropped:
+            lines.append(f"  dropped        {self.dropped} draws where the model is not a number")
+        return "\n".join(lines)
+
+
+def psis(
+    guide: Any,
+    *args: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    num_samples: int = 10_000,
+    seed: int | None = None,
+) -> PSIS:
+    """Compare a guide with the posterior that it stands for.
+
+    Draws from the guide, weighs each by model over guide, smooths the largest weights and reports
+    the Pareto shape k-hat with its spread, the effective number of draws and the evidence. k-hat of
+    a small number of draws is noisy: the default number keeps its spread near a tenth.
+
+    Parameters
+    ----------
+    guide
+        An `AutoFlow`.
+    *args
+        The model's arguments.
+    model_kwargs
+        The model's keyword arguments.
+    num_samples
+        Number of draws, at least 100.
+    seed
+        Seed of the draws; the global random state is left alone when it is given.
+
+    Returns
+    -------
+    PSIS
+        The report; ``print`` it.
+
+    Raises
+    ------
+    ValueError
+        For too few draws, or if the model has a finite density at none of them.
+
+    Examples
+    --------
+    >>> import pyro, pyro.distributions as dist
+    >>> def model():
+    ...     pyro.sample("z", dist.Normal(0.0, 0.1))
+    >>> guide = pf.AutoFlow(model, init_loc_fn=pyro.infer.autoguide.init_to_mean, example_args=())
+    >>> report = pf.psis(guide, seed=0)
+    >>> report.verdict, round(report.log_evidence, 3)
+    ('good', 0.0)
+    """
+    if num_samples < 100:
+        raise ValueError(f"num_samples: expected at least 100 draws, got {num_samples}")
+    kwargs = dict(model_kwargs or {})
+    with torch.no_grad(), isolated(seed):
+        latents, log_q = guide.get_posterior(*args, **kwargs).rsample_and_log_prob((num_samples,))
+        log_p = torch.cat([guide.log_joint(z, *args, **kwargs) for z in latents.split(CHUNK)])
+    return weigh(log_p, log_q, latents, guide.unpack)
+
+
+def weigh(
+    log_p: Tensor,
+    log_q: Tensor,
+    latents: Tensor,
+    unpack: Callable[[Tensor], dict[str, Tensor]],
+) -> PSIS:
+    """The report on draws with log densities under model and guide, each of shape ``(S,)``."""
+    raw = (log_p - log_q).double().cpu().numpy()
+    bad = ~np.isfinite(raw)
+    if bad.all():
+        raise ValueError(
+            f"the model's density is zero or not a number at all {len(raw)} draws of the guide. "
+            "Check the model's support, or fit the guide first."
+        )
+    finite = raw[~bad]
+    smoothed, k_hat = _smooth(finite)
+    log_weights = np.full_like(raw, -np.inf)
+    log_weights[~bad] = smoothed
+    weights = np.exp(smoothed)
+    top = finite.max()
+    relative = np.exp(finite - top)
+    mean = relative.sum() / len(raw)
+    spread = np.sqrt((relative**2).sum() / len(raw) - mean**2)
+    generator = np.random.default_rng(0)
+    replicates = [_smooth(generator.choice(finite, len(finite)))[1] for _ in range(REPLICATES)]
+    return PSIS(
+        k_hat=k_hat,
+        k_hat_interval=tuple(np.quantile(replicates, [0.05, 0.95]).tolist()),
+        ess=float(1 / (weights**2).sum()),
+        log_evidence=float(top + np.log(mean)),
+        log_evidence_error=float(spread / mean / np.sqrt(len(raw))),
+        elbo=float(finite.mean()),
+        log_weights=torch.as_tensor(log_weights),
+        latents=latents,
+        dropped=int(np.isnan(raw).sum()),
+        unpack=unpack,
+    )
+
+
+def _smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+    """Smoothed, normalised log weights and k-hat, by the ArviZ that is installed."""
+    if np.ptp(log_weights) < 1e-10:
+        # Equal weights have no tail to fit.
+        return np.full_like(log_weights, -np.log(len(log_weights))), -math.inf
+    smoothed, k_hat = _psislw()(log_weights.copy())
+    # ArviZ says infinity where the tail is too short to fit: no evidence of a heavy one.
+    return np.asarray(smoothed), float(k_hat)
+
+
+def _psislw() -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+    try:
+        import arviz
+
+        return arviz.psislw
+    except (ImportError, AttributeError):
+        from arviz_stats.base import array_stats
+
+        return array_stats.psislw

@@ -1,0 +1,135 @@
+"""Rows for maximum likelihood: checked, split, in minibatches."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pyroflows.errors import DataError, check_event
+
+#: Fewer rows than this cannot be split into training and validation.
+MIN_ROWS = 10
+
+Batch = tuple[Tensor, "Tensor | None"]
+
+
+def as_rows(name: str, value: Any, event_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Anything array-like as ``(rows, *event_shape)`` of a dtype, all finite.
+
+    Raises
+    ------
+    DataError
+        If it is not numeric, or not finite (with the count and the first row).
+    ShapeError
+        If the rightmost dimensions are not the event.
+    """
+    if not isinstance(value, Tensor):
+        array = np.asarray(value)
+        if array.dtype.kind not in "biuf":
+            raise DataError(f"{name}: expected numbers, got an array of dtype {array.dtype}")
+        value = torch.from_numpy(np.ascontiguousarray(array))
+    check_event(name, value, event_shape)
+    rows = value.detach().reshape(-1, *event_shape).to(dtype)
+    bad = ~rows.isfinite().flatten(1).all(1)
+    if bad.any():
+        raise DataError(
+            f"{name}: {int(bad.sum())} of {len(rows)} rows are not finite, the first is row "
+            f"{int(bad.nonzero()[0])}. Remove or impute them."
+        )
+    return rows
+
+
+def warn_about_columns(x: Tensor) -> None:
+    """Warn of columns to which a density can give unbounded likelihood."""
+    columns = x.flatten(1)
+    constant = (columns == columns[:1]).all(0)
+    whole = (columns == columns.round()).all(0) & ~constant
+    for found, problem, advice in (
+        (constant, "constant", "remove it"),
+        (whole, "integer-valued", "add uniform noise in [0, 1) to it"),
+    ):
+        if found.any():
+            listed = found.nonzero().flatten().tolist()
+            warnings.warn(
+                f"column {', '.join(map(str, listed))} of x is {problem}: a density on it can grow "
+                f"without bound, and likelihoods do not compare; {advice}.",
+                stacklevel=4,
+            )
+
+
+def minibatches(rows: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+    """Shuffled minibatches without end; a ragged last batch is kept where there is no other."""
+    x, context = rows
+    size = min(batch_size, len(x))
+    while True:
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        for index in order.split(size):
+            if len(index) == size:
+                yield x[index], None if context is None else context[index]
+
+
+class LoaderRows:
+    """A DataLoader as batches of rows on the flow's device."""
+
+    def __init__(self, loader: DataLoader[Any], flow: Any) -> None:
+        self.loader = loader
+        self.flow = flow
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, item in enumerate(self.loader):
+            parts = list(item) if isinstance(item, (list, tuple)) else [item]
+            if len(parts) > 2:
+                raise DataError(f"DataLoader: expected x or (x, context), got {len(parts)} tensors")
+            yield rows_of(
+                self.flow, parts[0], parts[1] if len(parts) == 2 else None, f"batch {number}: "
+            )
+
+    def endless(self) -> Iterator[Batch]:
+        """Epoch after epoch."""
+        while True:
+            yield from self
+
+
+def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
+    """Rows and contexts for a flow, checked, on its device."""
+    x = as_rows(f"{prefix}x", x, flow.event_shape, flow.dtype).to(flow.device)
+    if context is None:
+        flow.transform.check_context(None)
+        return x, None
+    context = as_rows(f"{prefix}context", context, (flow.context_size,), flow.dtype)
+    if len(context) != len(x):
+        raise DataError(
+            f"{prefix}context: expected one row for each of the {len(x)} rows of x, got "
+            f"{len(context)}"
+        )
+    return x, context.to(flow.device)
+
+
+def location_and_scale(batches: Iterable[Batch], which: int) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation over batches; 1 for a column that does not vary."""
+    count = 0
+    mean = total = None
+    for batch in batches:
+        rows = batch[which]
+        # Chan's update: exact for any split, without squares of large means.
+        n, m = len(rows), rows.mean(0)
+        s = ((rows - m) ** 2).sum(0)
+        if mean is None:
+            mean, total, count = m, s, n
+            continue
+        shift = m - mean
+        total = total + s + shift**2 * (count * n / (count + n))
+        mean = mean + shift * (n / (count + n))
+        count += n
+    if mean is None:
+        raise DataError("the DataLoader gave no batch")
+    scale = (total / count).sqrt()
+    # Rounding leaves a constant column a deviation of about one unit in the last place.
+    constant = scale <= 10 * torch.finfo(scale.dtype).eps * mean.abs()
+    return mean, torch.where(constant, torch.ones_like(scale), scale)

@@ -1,0 +1,156 @@
+"""The one training loop behind the fit functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from pyroflows.errors import FitError
+from pyroflows.training.result import History
+
+#: Consecutive steps without a finite gradient after which a fit gives up.
+MAX_SKIPPED = 20
+
+
+@contextmanager
+def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """A random state of its own from ``seed``; the global one as it is where there is none."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@dataclass
+class Loop:
+    """Adam with a cosine schedule and clipped gradients; the best state is restored.
+
+    Attributes
+    ----------
+    loss
+        From what ``batches`` yields to a scalar in nats.
+    batches
+        Endless.
+    parameters
+        What is trained.
+    steps
+        Number of steps; the learning rate falls to zero over them.
+    lr
+        Initial learning rate.
+    clip_norm
+        Largest norm of the gradient.
+    check
+        Validation loss; where None, the mean loss since the last check stands for it.
+    check_every
+        Steps between checks.
+    patience
+        Checks without improvement after which to stop; None for never.
+    progress
+        Whether to show a bar; None for only in interactive use.
+    title
+        What the bar says.
+    """
+
+    loss: Callable[..., Tensor]
+    batches: Iterator[tuple[Any, ...]]
+    parameters: Sequence[Tensor]
+    steps: int
+    lr: float
+    clip_norm: float
+    check: Callable[[], float] | None
+    check_every: int
+    patience: int | None
+    progress: bool | None
+    title: str
+    history: History = field(default_factory=History)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: expected at least 1, got {self.steps}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected a positive learning rate, got {self.lr}")
+        if not self.parameters:
+            raise ValueError(
+                "nothing to train: every parameter has requires_grad=False. "
+                "Unfreeze the flow with flow.requires_grad_(True)."
+            )
+
+    def run(self) -> tuple[str, float]:
+        """Train; the reason of the end, and the seconds it took."""
+        start = time.perf_counter()
+        self._best: tuple[float, list[Tensor]] | None = None
+        disable = None if self.progress is None else not self.progress
+        try:
+            with tqdm(total=self.steps, desc=self.title, unit="step", disable=disable) as bar:
+                reason = self._train(bar)
+        except KeyboardInterrupt:
+            reason = "it was interrupted"
+        finally:
+            self._restore()
+        return reason, time.perf_counter() - start
+
+    def _train(self, bar: Any) -> str:
+        optimizer = torch.optim.Adam(self.parameters, lr=self.lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
+        skipped = stale = 0
+        for step in range(1, self.steps + 1):
+            finite = self._step(optimizer)
+            schedule.step()
+            skipped = 0 if finite else skipped + 1
+            if skipped >= MAX_SKIPPED:
+                raise FitError(
+                    f"step {step}: the gradient has not been finite for {skipped} steps (loss "
+                    f"{self.history.losses[-1]:.4g}). The best state so far is restored. Lower lr, "
+                    "standardise the data, or use float64."
+                )
+            bar.update()
+            if step % self.check_every == 0 or step == self.steps:
+                improved = self._check(step)
+                stale = 0 if improved else stale + 1
+                bar.set_postfix(
+                    nats=f"{self.history.checks[-1][1]:.3f}", best=f"{self.history.best[1]:.3f}"
+                )
+                if self.patience is not None and stale >= self.patience:
+                    return f"the loss has not improved for {stale} checks"
+        return "all steps were done"
+
+    def _step(self, optimizer: torch.optim.Optimizer) -> bool:
+        optimizer.zero_grad()
+        loss = self.loss(*next(self.batches))
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
+        self.history.losses.append(loss.item())
+        if not norm.isfinite():
+            self.history.skipped += 1
+            return False
+        optimizer.step()
+        return True
+
+    def _check(self, step: int) -> bool:
+        """Record a check and keep the state if it is the best so far."""
+        if self.check is None:
+            value = fmean(self.history.losses[-self.check_every :])
+        else:
+            value = self.check()
+        self.history.checks.append((step, value))
+        if self._best is not None and not value < self._best[0]:
+            return False
+        if value == value:
+            self._best = (value, [p.detach().clone() for p in self.parameters])
+        return True
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        if self._best is not None:
+            for parameter, best in zip(self.parameters, self._best[1]):
+                parameter.copy_(best)
