@@ -312,7 +312,6 @@ def _build_guide(
     # Once more, for meeting the model may have moved the flow and set its standardisation.
     restore(flow, record, tensors)
     guide.training = flow.training
-    guide._make_flow = None  # as in a guide that was given its flow; a closure does not pickle
     return guide
 
 

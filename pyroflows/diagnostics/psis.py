@@ -71,7 +71,7 @@ class PSIS:
 
     @property
     def verdict(self) -> str:
-        """ "good", "use with weights" or "do not trust"."""
+        """One of "good", "use with weights" and "do not trust"."""
         if not self.k_hat < self.threshold:
             return "do not trust"
         return "good" if self.ess >= 0.5 * self.num_samples else "use with weights"
@@ -214,6 +214,6 @@ def _psislw() -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
 
         return arviz.psislw
     except (ImportError, AttributeError):
-        from arviz_stats.base import array_stats
+        from arviz_stats.base.array import array_stats
 
         return array_stats.psislw

@@ -169,13 +169,14 @@ class FlowDistribution(TransformedDistribution):
         log_prob = self.log_prob(x)
         if not (self.has_rsample and x.requires_grad and torch.is_grad_enabled()):
             return super().score_parts(x)
-        if torch.jit.is_tracing():
+        if torch.jit._trace.is_tracing():
             # Functional calls do not survive tracing: take the parameters' part away instead.
             params_only = self.log_prob(x.detach())
             entropy = log_prob - (params_only - params_only.detach())
         else:
             entropy = self.detach_params().log_prob(x)
-        return ScoreParts(log_prob, 0, entropy)
+        # Pyro tells by the number 0 that there is no score function term.
+        return ScoreParts(log_prob, 0, entropy)  # type: ignore[arg-type]
 
     # --- shapes -------------------------------------------------------------------------------
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, Optional
+from typing import Literal, TypeAlias
 
 from pyroflows.layers import ActNorm, Layer, LULinear
 
-Mixing = Optional[Literal["lu"]]
+Mixing: TypeAlias = Literal["lu"] | None
 
 
 def mixed(layers: Iterable[Layer], features: int, mixing: Mixing, act_norm: bool) -> list[Layer]:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.guides import AutoContinuous
+from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from pyro.infer.autoguide.initialization import init_to_median
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import biject_to
 
@@ -106,6 +107,12 @@ class AutoFlow(AutoContinuous):
     torch.Size([5])
     """
 
+    #: The flow over unconstrained latents; there from the first call on, or with example_args.
+    flow: Flow
+    prototype_trace: Any
+    _unconstrained_shapes: dict[str, torch.Size]
+    _log_joint: LogJoint | None
+
     def __init__(
         self,
         model: Callable[..., Any],
@@ -123,10 +130,14 @@ class AutoFlow(AutoContinuous):
         # A tuple, so that a model that is a module does not become a part of the guide.
         self._original_model = (model,)
         self._init_scale = init_scale
-        self._make_flow = None if isinstance(flow, Flow) else flow or default_flow
-        self.flow = flow if isinstance(flow, Flow) else None
+        self._make_flow: Callable[[int], Flow] | None = None
+        if isinstance(flow, Flow):
+            self.flow = flow
+        else:
+            self._make_flow = flow or default_flow
         self._log_joint: LogJoint | None = None
-        self._own_name = self._pyro_name = claim(name, self)
+        self._stem = name
+        self._own_name = self._pyro_name = claim(name, self, stem=name)
         if example_args is not None or example_kwargs is not None:
             self._setup_prototype(*(example_args or ()), **(example_kwargs or {}))
             self.register()
@@ -155,21 +166,26 @@ class AutoFlow(AutoContinuous):
         self._require_prototype()
         return {name: tuple(shape) for name, shape in self._unconstrained_shapes.items()}
 
+    @staticmethod
+    def _prototype_hide_fn(msg: Any) -> bool:
+        """Whether a site is none of the guide's: observed, subsampled, or enumerated."""
+        return prototype_hide_fn(msg) or msg["infer"].get("enumerate") == "parallel"
+
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             _check_latent(name, site)
-        full = poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
-        self._log_joint = LogJoint(self.original_model, full)
         self._build_flow()
+
+    def _full_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
+        """A trace of the model with its observed sites, which the prototype leaves out."""
+        return poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
 
     def _build_flow(self) -> None:
         loc = self._init_loc()
         if not loc.isfinite().all():
             raise ValueError(f"init_loc_fn: expected finite unconstrained values, got {loc}")
-        flow = self._modules.get("flow")
-        if flow is None:
-            flow = self._make_flow(self.latent_dim)
+        flow = self.flow if self._make_flow is None else self._make_flow(self.latent_dim)
         if flow.event_shape != (self.latent_dim,):
             raise ValueError(
                 f"flow: expected {self.latent_dim} features, the model's latent dimension, got "
@@ -181,6 +197,7 @@ class AutoFlow(AutoContinuous):
         if standardization.is_identity():
             standardization.set_(loc, self._init_scale)
         self.flow = flow
+        self._make_flow = None
 
     def _require_prototype(self) -> None:
         if self.prototype_trace is None:
@@ -200,13 +217,15 @@ class AutoFlow(AutoContinuous):
             self._register()
 
     def _register(self) -> None:
-        """Bring flow and param store together; the attribute access below is ``pyro.module``."""
+        """Bring flow and param store together."""
         nested = self._pyro_name != self._own_name
-        self._pyro_name = claim(self._pyro_name, self, fixed=nested)
+        self._pyro_name = claim(self._pyro_name, self, stem=None if nested else self._stem)
         if not nested:
             self._own_name = self._pyro_name
-        adopt(self._pyro_get_fullname("flow"), self._modules["flow"])
-        self.flow  # noqa: B018
+        # Not through the attribute, whose access is Pyro's own registration and comes after.
+        flow = self.__dict__["_modules"]["flow"]
+        adopt(self._pyro_get_fullname("flow"), flow)
+        pyro.module(self._pyro_get_fullname("flow"), flow)
 
     # --- Pyro's autoguide contract ------------------------------------------------------------
 
@@ -246,7 +265,7 @@ class AutoFlow(AutoContinuous):
         values: dict[str, Tensor] = {}
         total = latents.new_zeros(leading)
         sites = self.prototype_trace.iter_stochastic_nodes()
-        for (name, site), part in zip(sites, latents.split(sizes, -1)):
+        for (name, site), part in zip(sites, latents.split(sizes, -1), strict=True):
             u = part.reshape(leading + self._unconstrained_shapes[name])
             to_support = biject_to(site["fn"].support)
             values[name] = to_support(u)
@@ -255,7 +274,7 @@ class AutoFlow(AutoContinuous):
         return values, total
 
     def unpack(self, latents: Tensor) -> dict[str, Tensor]:
-        """Unconstrained vectors ``(..., latent_dim)`` to constrained values ``{site: (..., *)}``."""
+        """Unconstrained ``(..., latent_dim)`` to constrained values ``{site: (..., *shape)}``."""
         return self._unpack_with_ladj(latents)[0]
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -311,6 +330,8 @@ class AutoFlow(AutoContinuous):
             raise ValueError(
                 f"latents: expected shape (draws, {self.latent_dim}), got {tuple(latents.shape)}"
             )
+        if self._log_joint is None:
+            self._log_joint = LogJoint(self.original_model, self._full_trace(args, kwargs))
         values, ladj = self._unpack_with_ladj(latents)
         return self._log_joint(values, args, kwargs) + ladj
 
@@ -360,16 +381,8 @@ class AutoFlow(AutoContinuous):
         return new
 
 
-def _check_latent(name: str, site: dict[str, Any]) -> None:
+def _check_latent(name: str, site: Any) -> None:
     """Raise unless one flow over all latents can represent the site."""
-    if site_is_subsample(site):
-        return
-    if site["fn"].support.is_discrete:
-        raise ValueError(
-            f"site {name!r} is discrete: a flow guides continuous latents. Enumerate it with "
-            'infer={"enumerate": "parallel"} (pyro.infer.config_enumerate), or hide it with '
-            "pyro.poutine.block."
-        )
     for frame in site["cond_indep_stack"]:
         if frame.full_size is not None and frame.full_size != frame.size:
             raise LocalLatentError(

@@ -19,7 +19,7 @@ class LatentDelta(dist.Delta):
     """
 
 
-@register_kl(LatentDelta, Distribution)
+@register_kl(LatentDelta, Distribution)  # type: ignore[untyped-decorator]
 def _kl(p: LatentDelta, q: Distribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)
 

@@ -164,7 +164,7 @@ class LogJoint:
         return "loop"
 
 
-def _sample_sites(trace: Trace) -> list[dict[str, Any]]:
+def _sample_sites(trace: Trace) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
 
 

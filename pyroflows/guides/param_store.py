@@ -35,8 +35,8 @@ def _is_cleared(guide: nn.Module) -> bool:
     return bool(parameters) and all(store.param_name(p) is None for p in parameters)
 
 
-def claim(name: str, guide: Any, fixed: bool = False) -> str:
-    """Take ``name``, or the next free ``name_1``, ``name_2``, ..., for a live guide.
+def claim(name: str, guide: Any, stem: str | None) -> str:
+    """Take a name for a live guide: ``name``, or the next free one of its stem.
 
     Parameters
     ----------
@@ -44,24 +44,24 @@ def claim(name: str, guide: Any, fixed: bool = False) -> str:
         The name wished for.
     guide
         Who takes it; the name is free again when the guide is gone, or the store was cleared.
-    fixed
-        Whether only ``name`` will do, because a parent module gave it.
+    stem
+        What to number (``stem_1``, ``stem_2``, ...) where the name belongs to another live guide;
+        None where only ``name`` will do, because a parent module gave it.
 
     Raises
     ------
     ParamStoreError
-        If a fixed name belongs to another live guide.
+        If the name belongs to another live guide and there is no stem.
     """
-    taken = name
-    number = 0
+    taken, number = name, 0
     while not _is_free(taken, guide):
-        if fixed:
+        if stem is None:
             raise ParamStoreError(
                 f"the name {name!r} belongs to another live guide, so both would train the same "
                 "parameters. Give the enclosing module another name."
             )
         number += 1
-        taken = f"{name}_{number}"
+        taken = f"{stem}_{number}"
     if taken != name:
         logger.warning(
             "the name %r belongs to another live guide: this one is called %r", name, taken
@@ -88,7 +88,7 @@ def adopt(name: str, module: nn.Module) -> None:
         for key, value in (*module.named_parameters(), *module.named_buffers())
         if value.requires_grad or not isinstance(value, nn.Parameter)
     }
-    stored = {key: store[key].unconstrained() for key in tensors if key in store}
+    stored = {key: _entry(store, key) for key in tensors if key in store}
     foreign = [
         key for key in stored if tensors[key].requires_grad and stored[key] is not tensors[key]
     ]
@@ -119,6 +119,12 @@ def _check_shapes(name: str, stored: dict[str, Tensor], tensors: dict[str, Tenso
 def _keep_buffer(store: Any, key: str, value: Tensor) -> None:
     """An alias of the buffer as a store entry; the store takes floating tensors only."""
     alias = value.detach() if value.is_floating_point() else value.to(torch.float32)
-    known = store[key].unconstrained() if key in store else None
+    known = _entry(store, key) if key in store else None
     if known is None or known.data_ptr() != alias.data_ptr():
         store[key] = alias
+
+
+def _entry(store: Any, key: str) -> Tensor:
+    """The very tensor that the store holds, before any constraint."""
+    entry: Tensor = store[key].unconstrained()
+    return entry

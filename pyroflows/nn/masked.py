@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
-from pyroflows.numerics import autoregressive_mask, hidden_degrees
 from pyroflows.nn.mlp import Activation, is_residual, widths
-
+from pyroflows.numerics import autoregressive_mask, hidden_degrees
 
 Unrolled = Generator[tuple[int, Tensor], Tensor, None]
 
@@ -35,7 +35,7 @@ class MaskedLinear(nn.Linear):
         return self.weight * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.masked_weight(), self.bias)
+        return functional.linear(x, self.masked_weight(), self.bias)
 
 
 class MaskedResidualMLP(nn.Module):
@@ -95,7 +95,7 @@ class MaskedResidualMLP(nn.Module):
         # An output of rank r sees degrees up to r; count outputs per feature, features innermost.
         out = rank.repeat(count)
         seen = [rank + 1, *degrees]
-        masks = [autoregressive_mask(a, b) for a, b in zip([*degrees, out], seen)]
+        masks = [autoregressive_mask(a, b) for a, b in zip([*degrees, out], seen, strict=True)]
         self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.context = nn.Linear(context, masks[0].shape[0], bias=False) if context else None
         self.direct = None
@@ -145,16 +145,17 @@ class MaskedResidualMLP(nn.Module):
         # The tensors are read here and not in the generator's body, which runs later: by then a
         # functional call may have put the module's own parameters back.
         order = list(range(self.features)) if self.order.is_meta else self.order.tolist()
-        start = self.layers[0].bias
+        layers = cast("list[MaskedLinear]", list(self.layers))
+        start = layers[0].bias
         if self.context is not None:
             start = start + self.context(context)
         # All that is pending has the batch of value and context, also where vmap hides it.
         batch = torch.zeros_like(start[..., :1]) + torch.zeros_like(value[..., :1])
-        biases = [start, *(layer.bias for layer in self.layers[1:])]
+        biases: list[Tensor] = [start, *(layer.bias for layer in layers[1:])]
         biases[-1] = self._in_order(biases[-1])
         pending = [(bias + batch).reshape(-1, bias.shape[-1]) for bias in biases]
 
-        weights = [layer.masked_weight().mT for layer in self.layers]
+        weights = [layer.masked_weight().mT for layer in layers]
         weights[0] = weights[0].index_select(0, self.order)
         weights[-1] = self._in_order(weights[-1])
         direct = None
@@ -196,7 +197,7 @@ class MaskedResidualMLP(nn.Module):
                     known = None
                     continue
                 new, pending[layer] = _split(pending[layer], stop - start)
-                known = new + known if self._is_residual(layer) else new
+                known = new if known is None or not self._is_residual(layer) else new + known
                 push(self.activation(known), weights[layer + 1][start:stop], layer + 1)
             outputs, pending[out] = _split(pending[out], self.count)
             x = (yield feature, outputs.mT).unsqueeze(1)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 Activation = Callable[[], nn.Module]
@@ -74,9 +74,7 @@ class ResidualMLP(nn.Module):
         self.context = nn.Linear(context, sizes[0], bias=not features) if context else None
         if not features and not context:
             self.constant = nn.Parameter(torch.zeros(sizes[0]))
-        self.layers = nn.ModuleList(
-            nn.Linear(before, after) for before, after in zip(sizes[:-1], sizes[1:])
-        )
+        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
         self._zero_output()
 
     def _zero_output(self) -> None:

@@ -25,7 +25,8 @@ def soft_clamp(x: Tensor, bound: float) -> Tensor:
 
     References
     ----------
-    Andrade, "Stable training of normalizing flows for high-dimensional variational inference", 2024.
+    Andrade, "Stable training of normalizing flows for high-dimensional variational inference",
+    2024.
 
     Examples
     --------

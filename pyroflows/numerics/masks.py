@@ -40,7 +40,7 @@ def hidden_degrees(width: int, features: int, lowest: int = 0) -> Tensor:
 
 
 def autoregressive_mask(out_degrees: Tensor, in_degrees: Tensor) -> Tensor:
-    """Connections from inputs to outputs: allowed where the output's degree is at least the input's.
+    """Connections from inputs to outputs of at least their degree, ``(outputs, inputs)``.
 
     Examples
     --------
@@ -52,11 +52,11 @@ def autoregressive_mask(out_degrees: Tensor, in_degrees: Tensor) -> Tensor:
 
 
 def binary_code(features: int, index: int) -> Tensor:
-    """Split of the features for the coupling number ``index``: True where a feature is transformed.
+    """Split of the features for the coupling number ``index``: True for those that are mapped.
 
-    Couplings 2k and 2k + 1 transform the features whose index has, or lacks, binary digit k. Any two
+    Couplings 2k and 2k + 1 map the features whose index has, or lacks, binary digit k. Any two
     features therefore stand on different sides after at most ``2 log2(features)`` couplings, and
-    every feature is transformed by every other coupling. A single feature is always transformed.
+    every feature is mapped by every other coupling. A single feature is always mapped.
 
     Examples
     --------

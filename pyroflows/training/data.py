@@ -114,21 +114,20 @@ def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
 def location_and_scale(batches: Iterable[Batch], which: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over batches; 1 for a column that does not vary."""
     count = 0
-    mean = total = None
+    mean = total = torch.zeros(())
     for batch in batches:
         rows = batch[which]
+        if rows is None:
+            raise DataError("the DataLoader gave no context, but the flow has one")
         # Chan's update: exact for any split, without squares of large means.
-        n, m = len(rows), rows.mean(0)
-        s = ((rows - m) ** 2).sum(0)
-        if mean is None:
-            mean, total, count = m, s, n
-            continue
-        shift = m - mean
-        total = total + s + shift**2 * (count * n / (count + n))
-        mean = mean + shift * (n / (count + n))
+        n, batch_mean = len(rows), rows.mean(0)
+        shift = batch_mean - mean.to(rows)
+        share = n / (count + n)
+        total = total.to(rows) + ((rows - batch_mean) ** 2).sum(0) + shift**2 * (count * share)
+        mean = mean.to(rows) + shift * share
         count += n
-    if mean is None:
-        raise DataError("the DataLoader gave no batch")
+    if not count:
+        raise DataError("the DataLoader gave no rows")
     scale = (total / count).sqrt()
     # Rounding leaves a constant column a deviation of about one unit in the last place.
     constant = scale <= 10 * torch.finfo(scale.dtype).eps * mean.abs()

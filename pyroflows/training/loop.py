@@ -152,5 +152,5 @@ class Loop:
     @torch.no_grad()
     def _restore(self) -> None:
         if self._best is not None:
-            for parameter, best in zip(self.parameters, self._best[1]):
+            for parameter, best in zip(self.parameters, self._best[1], strict=True):
                 parameter.copy_(best)

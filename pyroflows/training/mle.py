@@ -137,8 +137,8 @@ def _prepare(
         raise ValueError(f"validation: expected a share in [0, 1) or rows, got {validation}")
     held_out = None
     if not isinstance(validation, (int, float)):
-        pair = validation if isinstance(validation, tuple) else (validation, None)
-        held_out = rows_of(flow, *pair, prefix="validation ")
+        x_held, c_held = validation if isinstance(validation, tuple) else (validation, None)
+        held_out = rows_of(flow, x_held, c_held, prefix="validation ")
     if isinstance(x, DataLoader):
         if context is not None:
             raise DataError("context: with a DataLoader, let it give pairs (x, context)")

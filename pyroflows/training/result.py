@@ -63,7 +63,7 @@ class Fit:
         steps = range(1, len(self.history.losses) + 1)
         ax.plot(steps, self.history.losses, color="0.75", lw=0.8, label="batch")
         if self.history.checks:
-            ax.plot(*zip(*self.history.checks), color="C0", label="checked")
+            ax.plot(*zip(*self.history.checks, strict=True), color="C0", label="checked")
             step, best = self.history.best
             ax.plot(step, best, "o", color="C1", label=f"best: {best:.3f}")
         # The first steps are far off: they would flatten everything that follows.

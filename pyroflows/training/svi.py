@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import repeat
-from typing import Any
+from typing import Any, cast
 
+import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
@@ -124,9 +125,9 @@ def _parameters(loss: NegativeELBO, args: Any, kwargs: Any) -> list[Tensor]:
     """The guide's trainable parameters and those that the model asks Pyro for."""
     with torch.no_grad(), poutine.trace(param_only=True) as capture:
         loss(args, kwargs)
-    found = [p for p in loss.guide.parameters() if p.requires_grad]
-    for site in capture.trace.nodes.values():
-        parameter = site["value"].unconstrained()
+    found: list[Tensor] = [p for p in loss.guide.parameters() if p.requires_grad]
+    for name in capture.trace.nodes:
+        parameter: Tensor = cast("Any", pyro.param(name)).unconstrained()
         if parameter.requires_grad and all(parameter is not known for known in found):
             found.append(parameter)
     return found

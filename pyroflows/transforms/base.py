@@ -150,10 +150,10 @@ class ComposedTransform(Transform, torch_transforms.ComposeTransform):
     def __init__(self, parts: Iterable[torch_transforms.Transform]) -> None:
         torch_transforms.ComposeTransform.__init__(self, list(parts))
 
-    domain = torch_transforms.ComposeTransform.domain  # type: ignore[assignment]
-    codomain = torch_transforms.ComposeTransform.codomain  # type: ignore[assignment]
-    bijective = torch_transforms.ComposeTransform.bijective  # type: ignore[assignment]
-    sign = torch_transforms.ComposeTransform.sign  # type: ignore[assignment]
+    domain = torch_transforms.ComposeTransform.domain
+    codomain = torch_transforms.ComposeTransform.codomain
+    bijective = torch_transforms.ComposeTransform.bijective
+    sign = torch_transforms.ComposeTransform.sign
 
     @property
     def sequential_forward(self) -> bool:  # type: ignore[override]
