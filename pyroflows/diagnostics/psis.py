@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +157,14 @@ def psis(
     with torch.no_grad(), isolated(seed):
         latents, log_q = guide.get_posterior(*args, **kwargs).rsample_and_log_prob((num_samples,))
         log_p = torch.cat([guide.log_joint(z, *args, **kwargs) for z in latents.split(CHUNK)])
+        again = guide.log_joint(latents[:2], *args, **kwargs)
+    if not torch.allclose(again, log_p[:2], equal_nan=True):
+        warnings.warn(
+            "the model scores the same draw differently each time (subsampled data, or sites that "
+            "it draws itself): the weights carry that noise, and k-hat and evidence are not those "
+            "of the posterior. Use all data; leave enumerated sites to AutoFlow, unblocked.",
+            stacklevel=2,
+        )
     return weigh(log_p, log_q, latents, guide.unpack)
 
 
