@@ -222,13 +222,12 @@ def _flow_of(flow_or_guide: Any) -> tuple[Flow, AutoFlow | None]:
             f"expected a Flow or an AutoFlow, got {type(flow_or_guide).__name__}. Of a guide class "
             "of your own save the flow: save(guide.flow, path)."
         )
-    flow = flow_or_guide.flow
-    if not isinstance(flow, Flow) or flow_or_guide.prototype_trace is None:
+    if flow_or_guide.prototype_trace is None:
         raise ValueError(
             "the guide does not know its model's latents yet, so there is nothing to save: call "
             "guide(*args) once, or construct it with example_args"
         )
-    return flow, flow_or_guide
+    return flow_or_guide.flow, flow_or_guide
 
 
 # --- guides ---------------------------------------------------------------------------------------

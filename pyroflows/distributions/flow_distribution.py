@@ -94,6 +94,7 @@ class FlowDistribution(TransformedDistribution):
     ) -> None:
         # Values are never validated: a NaN must come out as NaN, and shapes are checked here.
         super().__init__(base_dist, list(transforms), validate_args=False)
+        self._transform = ComposedTransform(self.transforms)
         self.module = module
         self.context_is_draw = context_is_draw
         self._draw: _Draw | None = None
@@ -102,10 +103,6 @@ class FlowDistribution(TransformedDistribution):
         return {**self.__dict__, "_draw": None}
 
     # --- passes -------------------------------------------------------------------------------
-
-    @property
-    def _transform(self) -> ComposedTransform:
-        return ComposedTransform(self.transforms)
 
     def _extra_dims(self) -> int:
         """Event dimensions that the transforms treat as batch."""
@@ -170,7 +167,8 @@ class FlowDistribution(TransformedDistribution):
         if not (self.has_rsample and x.requires_grad and torch.is_grad_enabled()):
             return super().score_parts(x)
         if torch.jit._trace.is_tracing():
-            # Functional calls do not survive tracing: take the parameters' part away instead.
+            # Functional calls do not survive tracing: take the parameters' part away instead, and
+            # with it the context's, which has mean zero too.
             params_only = self.log_prob(x.detach())
             entropy = log_prob - (params_only - params_only.detach())
         else:
@@ -196,6 +194,7 @@ class FlowDistribution(TransformedDistribution):
     ) -> FlowDistribution:
         """The same distribution with a larger batch shape: every element draws its own noise."""
         new = self._get_checked_instance(FlowDistribution, _instance)
+        new._transform = self._transform
         new.module = self.module
         new.context_is_draw = self.context_is_draw
         new._draw = None

@@ -100,7 +100,9 @@ class Loop:
         return reason, time.perf_counter() - start
 
     def _train(self, bar: Any) -> str:
-        optimizer = torch.optim.Adam(self.parameters, lr=self.lr)
+        # Small flows have many small tensors: one fused update is several times cheaper.
+        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
+        optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=fused)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         skipped = stale = 0
         for step in range(1, self.steps + 1):

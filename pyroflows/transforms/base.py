@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable
 from functools import singledispatch
 from typing import Any
 
 import torch
+from pyro.distributions.util import detach
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions import transforms as torch_transforms
@@ -84,6 +86,15 @@ def _(value: Tensor, keep_context: bool = False) -> Tensor:
     return value.detach()
 
 
+@constant.register
+def _(value: torch_transforms.Transform, keep_context: bool = False) -> torch_transforms.Transform:
+    if isinstance(value, Transform):
+        return value.detach_params(keep_context)
+    # A foreign transform may keep its parameters anywhere.
+    copied: torch_transforms.Transform = detach(value)
+    return copied
+
+
 @constant.register(torch_transforms.IndependentTransform)
 def _(value: Any, keep_context: bool = False) -> torch_transforms.Transform:
     inner = constant(value.base_transform, keep_context)
@@ -138,22 +149,40 @@ class InverseTransform(Transform):
         return torch.Size(self.transform.forward_shape(shape))
 
 
-class ComposedTransform(Transform, torch_transforms.ComposeTransform):
+class ComposedTransform(Transform):
     """Transforms in a row, forward from the first to the last, each evaluated once.
 
     Foreign torch and Pyro transforms are welcome among the parts; they cost one call for the value
     and another for the log-determinant.
+
+    Parameters
+    ----------
+    parts
+        The transforms; none is the identity.
     """
 
-    parts: list[torch_transforms.Transform]
-
     def __init__(self, parts: Iterable[torch_transforms.Transform]) -> None:
-        torch_transforms.ComposeTransform.__init__(self, list(parts))
+        super().__init__()
+        self.parts = list(parts)
+        # The event must be large enough for every part; what a part sees as batch is summed.
+        needed, shifts, shift = 0, [], 0
+        for part in self.parts:
+            domain_dim = part.domain.event_dim
+            needed = max(needed, domain_dim - shift)
+            shifts.append(shift - domain_dim)
+            shift += part.codomain.event_dim - domain_dim
+        self._summed = [needed + s for s in shifts]
+        if self.parts:
+            self.domain = _lifted(self.parts[0].domain, needed)
+            self.codomain = _lifted(self.parts[-1].codomain, needed + shift)
 
-    domain = torch_transforms.ComposeTransform.domain
-    codomain = torch_transforms.ComposeTransform.codomain
-    bijective = torch_transforms.ComposeTransform.bijective
-    sign = torch_transforms.ComposeTransform.sign
+    @property
+    def bijective(self) -> bool:  # type: ignore[override]
+        return all(part.bijective for part in self.parts)
+
+    @property
+    def sign(self) -> Any:  # type: ignore[override]
+        return math.prod(part.sign for part in self.parts)
 
     @property
     def sequential_forward(self) -> bool:  # type: ignore[override]
@@ -166,27 +195,39 @@ class ComposedTransform(Transform, torch_transforms.ComposeTransform):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.parts:
             return x, torch.zeros_like(x)
-        event_dim = self.domain.event_dim
         total: Any = 0.0
-        for part in self.parts:
+        for part, summed in zip(self.parts, self._summed, strict=True):
             x, ladj = call_and_ladj(part, x)
-            total = total + sum_rightmost(ladj, event_dim - part.domain.event_dim)
-            event_dim += part.codomain.event_dim - part.domain.event_dim
+            total = total + sum_rightmost(ladj, summed)
         return x, total
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if not self.parts:
             return y, torch.zeros_like(y)
-        event_dim = self.codomain.event_dim
         total: Any = 0.0
-        for part in reversed(self.parts):
+        for part, summed in zip(reversed(self.parts), reversed(self._summed), strict=True):
             y, ladj = inverse_and_ladj(part, y)
-            total = total + sum_rightmost(ladj, event_dim - part.codomain.event_dim)
-            event_dim += part.domain.event_dim - part.codomain.event_dim
+            total = total + sum_rightmost(ladj, summed)
         return y, total
+
+    def forward_shape(self, shape: Iterable[int]) -> torch.Size:
+        for part in self.parts:
+            shape = part.forward_shape(shape)
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> torch.Size:
+        for part in reversed(self.parts):
+            shape = part.inverse_shape(shape)
+        return torch.Size(shape)
 
     def detach_params(self, keep_context: bool = False) -> ComposedTransform:
         return ComposedTransform([constant(part, keep_context) for part in self.parts])
+
+
+def _lifted(constraint: Any, event_dim: int) -> Any:
+    """The constraint on events of at least ``event_dim`` dimensions."""
+    extra = event_dim - constraint.event_dim
+    return constraints.independent(constraint, extra) if extra else constraint
 
 
 def call_and_ladj(transform: torch_transforms.Transform, x: Tensor) -> tuple[Tensor, Tensor]:
