@@ -57,7 +57,10 @@ def global_state() -> dict[str, Any]:
 
 def restore(state: dict[str, Any]) -> None:
     torch.set_default_dtype(state["default dtype"])
-    torch.set_default_device(state["default device"])
+    if torch.get_default_device() != state["default device"]:
+        # Setting it at all would leave a mode behind, which the compiler cannot see through.
+        default = state["default device"]
+        torch.set_default_device(None if default == torch.device("cpu") else default)
     torch.set_grad_enabled(state["grad mode"])
     torch.set_num_threads(state["threads"])
     pyro.settings.set(**{name: state[name] for name in pyro.settings.get()})
