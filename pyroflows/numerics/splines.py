@@ -18,7 +18,9 @@ LOG_SLOPE = math.log(1e3)
 def _knots(raw: Tensor, bound: float) -> Tensor:
     """Increasing knots from ``-bound`` to ``bound``: (bins, ...) -> (bins + 1, ...)."""
     bins = raw.shape[0]
-    sizes = MIN_BIN_SIZE + (1 - MIN_BIN_SIZE * bins) * torch.softmax(raw, dim=0)
+    sizes = torch.softmax(raw, dim=0)
+    # The count meets the tensor first: a trace would compute with counts in the default dtype.
+    sizes = sizes + MIN_BIN_SIZE * (1 - bins * sizes)
     inner = bound * (2 * sizes[:-1].cumsum(0) - 1)
     edge = torch.full_like(raw[:1], bound)
     # The edges are exact, whatever the rounding of the sum.
