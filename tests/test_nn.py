@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -113,15 +114,12 @@ def test_unrolled_network_equals_the_network(
     for recorded in (True, False):
         with torch.set_grad_enabled(recorded):
             expected = net(x, c)
-            shape, steps = net.unroll(x, c)
+            shape, features_in_order, steps = net.unroll(x, c)
             values = x.expand(*shape, features).reshape(-1, features)
-            outputs: dict[int, torch.Tensor] = {}
-            feature, params = next(steps)
-            for _ in range(features):
-                outputs[feature] = params
-                if len(outputs) < features:
-                    feature, params = steps.send(values[:, feature])
-        assert list(outputs) == list(order)
+            assert features_in_order.tolist() == list(order)
+            outputs = {order[0]: next(steps)}
+            for before, feature in pairwise(order):
+                outputs[feature] = steps.send(values[:, before])
         assert shape == expected.shape[:-1]
         got = torch.stack([outputs[i] for i in range(features)], -1)  # (count, N, features)
         got = got.movedim(0, -2).reshape(*shape, count * features)
@@ -174,10 +172,10 @@ def test_unrolled_network_costs_no_more_arithmetic_than_one_pass(
     c = torch.randn(10, context) if context else None
 
     def sequential() -> None:
-        steps = net.unroll(x, c)[1]
-        feature, _ = next(steps)
-        for _ in range(features - 1):
-            feature, _ = steps.send(x[:, feature])
+        steps = net.unroll(x, c)[-1]
+        next(steps)
+        for feature in range(features - 1):
+            steps.send(x[:, feature])
 
     with torch.set_grad_enabled(recorded):
         one_pass, many_steps = flops(lambda: net(x, c)), flops(sequential)
@@ -200,8 +198,7 @@ def test_detached_conditioner_passes_gradients_to_values_alone(keep: bool) -> No
     assert x.grad is not None
     assert (c.grad is not None) == keep
     assert all(p.grad is None for p in net.parameters())
-    steps = detached.unroll(x)[1]
-    assert not next(steps)[1].requires_grad or keep
+    assert next(detached.unroll(x)[-1]).requires_grad == keep
 
 
 def test_conditioner_puts_parameters_first_and_calls_hooks() -> None:

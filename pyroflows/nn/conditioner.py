@@ -64,6 +64,6 @@ class Conditioner:
         params = self._evaluate("__call__", x)
         return params.unflatten(-1, (self.count, -1)).movedim(-2, 0)
 
-    def unroll(self, value: Tensor) -> tuple[torch.Size, Unrolled]:
+    def unroll(self, value: Tensor) -> tuple[torch.Size, Tensor, Unrolled]:
         """Feature by feature; see `pyroflows.nn.MaskedResidualMLP.unroll`."""
         return self._evaluate("unroll", value)

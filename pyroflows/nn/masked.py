@@ -12,7 +12,7 @@ from torch.nn import functional
 from pyroflows.nn.mlp import Activation, is_residual, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
 
-Unrolled = Generator[tuple[int, Tensor], Tensor, None]
+Unrolled = Generator[Tensor, Tensor, None]
 
 
 class MaskedLinear(nn.Linear):
@@ -126,7 +126,9 @@ class MaskedResidualMLP(nn.Module):
     def _is_residual(self, layer: int) -> bool:
         return layer < len(self.hidden_features) and is_residual(self.hidden_features, layer)
 
-    def unroll(self, value: Tensor, context: Tensor | None = None) -> tuple[torch.Size, Unrolled]:
+    def unroll(
+        self, value: Tensor, context: Tensor | None = None
+    ) -> tuple[torch.Size, Tensor, Unrolled]:
         """Start an evaluation feature by feature.
 
         Parameters
@@ -139,12 +141,12 @@ class MaskedResidualMLP(nn.Module):
         Returns
         -------
         tuple
-            The broadcast batch shape and a generator that yields ``(feature, outputs)``, outputs of
-            shape ``(count, N)`` for the flattened batch, and is sent the feature's values ``(N,)``.
+            The broadcast batch shape, the features in their order, and a generator that for each of
+            them yields its outputs, ``(count, N)`` for the flattened batch, and is sent its values,
+            ``(N,)``.
         """
         # The tensors are read here and not in the generator's body, which runs later: by then a
         # functional call may have put the module's own parameters back.
-        order = list(range(self.features)) if self.order.is_meta else self.order.tolist()
         layers = cast("list[MaskedLinear]", list(self.layers))
         start = layers[0].bias
         if self.context is not None:
@@ -161,7 +163,7 @@ class MaskedResidualMLP(nn.Module):
         direct = None
         if self.direct is not None:
             direct = self._in_order(self.direct.masked_weight().mT.index_select(0, self.order))
-        return batch.shape[:-1], self._steps(pending, weights, direct, order)
+        return batch.shape[:-1], self.order, self._steps(pending, weights, direct)
 
     def _in_order(self, outputs: Tensor) -> Tensor:
         """Outputs in blocks, one a feature, in the order of dependence: ``(..., outputs)``."""
@@ -169,11 +171,7 @@ class MaskedResidualMLP(nn.Module):
         return blocks.transpose(-1, -2).flatten(-2)
 
     def _steps(
-        self,
-        pending: list[Tensor],
-        weights: list[Tensor],
-        direct: Tensor | None,
-        order: list[int],
+        self, pending: list[Tensor], weights: list[Tensor], direct: Tensor | None
     ) -> Unrolled:
         """One step per feature: the units that have all they see send their activation onward.
 
@@ -189,7 +187,7 @@ class MaskedResidualMLP(nn.Module):
             weight = weight[:, weight.shape[1] - waiting.shape[1] :]
             pending[layer] = receive(waiting, source, weight)
 
-        for rank, feature in enumerate(order):
+        for rank in range(self.features):
             known: Tensor | None = None
             for layer, units in enumerate(self._units):
                 start, stop = units[rank : rank + 2]
@@ -200,7 +198,7 @@ class MaskedResidualMLP(nn.Module):
                 known = new if known is None or not self._is_residual(layer) else new + known
                 push(self.activation(known), weights[layer + 1][start:stop], layer + 1)
             outputs, pending[out] = _split(pending[out], self.count)
-            x = (yield feature, outputs.mT).unsqueeze(1)
+            x = (yield outputs.mT).unsqueeze(1)
             push(x, weights[0][rank : rank + 1], 0)
             if direct is not None:
                 push(x, direct[rank : rank + 1], out)

@@ -20,13 +20,11 @@ class SequentialConditioner(Protocol):
         """All parameters at once: ``(*batch, features)`` to ``(count, *batch, features)``."""
         ...
 
-    def unroll(
-        self, value: Tensor
-    ) -> tuple[torch.Size, Generator[tuple[int, Tensor], Tensor, None]]:
-        """The broadcast batch shape, and a generator over the features in order.
+    def unroll(self, value: Tensor) -> tuple[torch.Size, Tensor, Generator[Tensor, Tensor, None]]:
+        """The broadcast batch shape, the features in order, and a generator over them.
 
-        It yields ``(feature, parameters)`` with parameters of shape ``(count, N)`` for the
-        flattened batch, and is sent the feature's values ``(N,)``.
+        For each feature it yields the parameters, ``(count, N)`` for the flattened batch, and is
+        sent the feature's values, ``(N,)``.
         """
         ...
 
@@ -67,16 +65,18 @@ class AutoregressiveTransform(Transform):
         return y, ladj.sum(-1)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        batch, steps = self.conditioner.unroll(y)
-        columns = y.expand(*batch, y.shape[-1]).reshape(-1, y.shape[-1]).unbind(-1)
-        solved: dict[int, Tensor] = {}
+        batch, order, steps = self.conditioner.unroll(y)
+        features = y.shape[-1]
+        # In the order of dependence, so that no index has to leave the device.
+        columns = y.index_select(-1, order).expand(*batch, features).reshape(-1, features)
+        solved: list[Tensor] = []
         ladjs: list[Tensor] = []
-        feature, params = next(steps)
-        while True:
-            solved[feature], ladj = self.univariate(params).inverse_and_ladj(columns[feature])
+        params = next(steps)
+        for column in columns.unbind(-1):
+            if solved:
+                params = steps.send(solved[-1])
+            x, ladj = self.univariate(params).inverse_and_ladj(column)
+            solved.append(x)
             ladjs.append(ladj)
-            if len(solved) == len(columns):
-                break
-            feature, params = steps.send(solved[feature])
-        x = torch.stack([solved[i] for i in range(len(columns))], dim=-1)
-        return x.reshape(*batch, len(columns)), torch.stack(ladjs).sum(0).reshape(batch)
+        x = torch.stack(solved, dim=-1).index_select(-1, order.argsort())
+        return x.reshape(*batch, features), torch.stack(ladjs).sum(0).reshape(batch)

@@ -1,0 +1,87 @@
+"""`torch.compile` of densities, against eager float64: values and gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyroflows as pf
+from pyroflows.distributions import StudentT
+from pyroflows.testing import check_close, redraw_
+from tests.cases import RECIPES
+
+SMALL = {"transforms": 2, "hidden_features": (16, 16)}
+CASES: dict[str, Any] = {
+    r.__name__ + o.get("note", ""): (r, {k: v for k, v in o.items() if k != "note"})
+    for r, o in RECIPES
+} | {
+    "student-t": (pf.NSF, {"base": StudentT(3)}),
+    "act-norm": (pf.MAF, {"act_norm": True}),
+}
+
+# The compiler's own modules use what torch has deprecated.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning"),
+]
+
+
+@pytest.fixture(autouse=True)
+def argument_validation() -> Iterator[None]:
+    """Dynamo switches the validation of all distributions off, for good."""
+    before = torch.distributions.Distribution._validate_args
+    yield
+    torch.distributions.Distribution.set_default_validate_args(before)
+
+
+def with_gradients(density: Any, flow: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    leaves = [t.clone().requires_grad_() for t in inputs]
+    score = density(*leaves)
+    wanted = [*leaves, *flow.parameters()]
+    return [score, *torch.autograd.grad(score.sum(), wanted, materialize_grads=True)]
+
+
+def compare(flow: Any, inputs: list[Tensor], density: Any, dtype: torch.dtype) -> None:
+    """``density(flow)`` compiled in a dtype against itself, eager, in float64."""
+    double = copy.deepcopy(flow).double()
+    expected = with_gradients(density(double), double, *[t.double() for t in inputs])
+    module = copy.deepcopy(flow).to(dtype)
+    torch.compiler.reset()
+    compiled = torch.compile(density(module), fullgraph=True)
+    got = with_gradients(compiled, module, *[t.to(dtype) for t in inputs])
+    names = ["density", *(f"gradient {i}" for i in range(len(got)))]
+    rounding = 1e-10 if dtype == torch.float64 else 1e-4
+    for name, a, b in zip(names, got, expected, strict=False):
+        check_close(name, a.double(), b, rounding * (1 + b.detach().abs().max()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("recipe", "options"), CASES.values(), ids=CASES)
+def test_compiled_density(recipe: Any, options: dict[str, Any], dtype: torch.dtype) -> None:
+    flow = recipe(3, **SMALL, **options)
+    redraw_(flow, 0.3)
+    # Points within and beyond a spline's box.
+    x = torch.randn(64, 3, dtype=torch.float64) * 3
+    compare(flow, [x], lambda f: lambda v: f().log_prob(v), dtype)
+
+
+@pytest.mark.parametrize("recipe", [pf.NSF, pf.MAF])
+def test_compiled_density_given_a_context(recipe: Any) -> None:
+    flow = recipe(3, 2, **SMALL)
+    redraw_(flow, 0.3)
+    inputs = [torch.randn(8, 3, dtype=torch.float64), torch.randn(5, 1, 2, dtype=torch.float64)]
+    compare(flow, inputs, lambda f: lambda v, c: f(c).log_prob(v), torch.float64)
+
+
+def test_compiled_draws_have_the_eager_scores() -> None:
+    flow = pf.NSF(3, **SMALL).double()
+    redraw_(flow, 0.3)
+    torch.compiler.reset()
+    x, score = torch.compile(lambda: flow().rsample_and_log_prob((16,)), fullgraph=True)()
+    check_close("score", score, flow().log_prob(x), 1e-10)
