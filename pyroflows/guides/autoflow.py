@@ -18,38 +18,27 @@ from torch.distributions import biject_to
 
 from pyroflows.distributions import FlowDistribution
 from pyroflows.errors import LocalLatentError, check_event
-from pyroflows.flows import NSF, Flow, RealNVP
+from pyroflows.flows import Flow
+from pyroflows.guides.default import default_flow
 from pyroflows.guides.deltas import LatentDeltas
 from pyroflows.guides.log_joint import LogJoint
 from pyroflows.guides.param_store import adopt, claim
+from pyroflows.numerics import sum_rightmost
 from pyroflows.transforms import ComposedTransform
+from pyroflows.transforms.base import call_and_ladj
 
 #: Draws behind `AutoFlow.median` and `AutoFlow.quantiles`.
 QUANTILE_DRAWS = 10_000
 
 
-def default_flow(features: int) -> Flow:
-    """The flow that `AutoFlow` takes when none is given: one pass in either direction.
-
-    Six affine couplings with learned dense affine maps between them and last; in one dimension,
-    where a coupling has nothing to condition on, splines. Beyond 500 dimensions the dense maps,
-    quadratic in the dimension, are left out.
-    """
-    if features == 1:
-        return NSF(1, transforms=2, bins=16)
-    dense = features <= 500
-    return RealNVP(
-        features,
-        transforms=6,
-        hidden_features=(32, 32),
-        max_log_scale=1.0,
-        mixing="lu" if dense else None,
-        act_norm=not dense,
-    )
+def _is_enumerated(site: Any) -> bool:
+    return site["infer"].get("enumerate") == "parallel"
 
 
 def _init_anywhere(site: dict[str, Any], init_loc_fn: Callable[..., Tensor]) -> Tensor:
-    """The start value of a site, also where its prior cannot be sampled (ImproperUniform)."""
+    """The start value of a site, also where it has none: enumerated, or ImproperUniform."""
+    if _is_enumerated(site):
+        return site["fn"].sample()
     try:
         return init_loc_fn(site)
     except NotImplementedError:
@@ -133,8 +122,10 @@ class AutoFlow(AutoContinuous):
         self._make_flow: Callable[[int], Flow] | None = None
         if isinstance(flow, Flow):
             self.flow = flow
-        else:
+        elif flow is None or callable(flow):
             self._make_flow = flow or default_flow
+        else:
+            raise TypeError(f"flow: expected a pyroflows Flow or a callable to one, got {flow!r}")
         self._log_joint: LogJoint | None = None
         self._stem = name
         self._own_name = self._pyro_name = claim(name, self, stem=name)
@@ -169,7 +160,7 @@ class AutoFlow(AutoContinuous):
     @staticmethod
     def _prototype_hide_fn(msg: Any) -> bool:
         """Whether a site is none of the guide's: observed, subsampled, or enumerated."""
-        return prototype_hide_fn(msg) or msg["infer"].get("enumerate") == "parallel"
+        return prototype_hide_fn(msg) or _is_enumerated(msg)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
@@ -186,6 +177,8 @@ class AutoFlow(AutoContinuous):
         if not loc.isfinite().all():
             raise ValueError(f"init_loc_fn: expected finite unconstrained values, got {loc}")
         flow = self.flow if self._make_flow is None else self._make_flow(self.latent_dim)
+        if not isinstance(flow, Flow):
+            raise TypeError(f"flow: expected a pyroflows Flow, got {flow!r} from the callable")
         if flow.event_shape != (self.latent_dim,):
             raise ValueError(
                 f"flow: expected {self.latent_dim} features, the model's latent dimension, got "
@@ -267,10 +260,8 @@ class AutoFlow(AutoContinuous):
         sites = self.prototype_trace.iter_stochastic_nodes()
         for (name, site), part in zip(sites, latents.split(sizes, -1), strict=True):
             u = part.reshape(leading + self._unconstrained_shapes[name])
-            to_support = biject_to(site["fn"].support)
-            values[name] = to_support(u)
-            ladj = to_support.log_abs_det_jacobian(u, values[name])
-            total = total + ladj.reshape(*leading, -1).sum(-1)
+            values[name], ladj = call_and_ladj(biject_to(site["fn"].support), u)
+            total = total + sum_rightmost(ladj, ladj.dim() - len(leading))
         return values, total
 
     def unpack(self, latents: Tensor) -> dict[str, Tensor]:
@@ -296,7 +287,8 @@ class AutoFlow(AutoContinuous):
             value, shape = values[name], site["value"].shape
             check_event(name, value, shape)
             u = biject_to(site["fn"].support).inv(value)
-            parts.append(u.reshape(*value.shape[: value.dim() - len(shape)], -1))
+            leading = value.shape[: value.dim() - len(shape)]
+            parts.append(u.reshape(*leading, self._unconstrained_shapes[name].numel()))
         leading = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(*leading, part.shape[-1]) for part in parts], -1)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.distributions as dist
+from pyro.distributions.distribution import Distribution
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import register_kl
-from torch.distributions.distribution import Distribution
 
 
 class LatentDelta(dist.Delta):
@@ -19,6 +19,7 @@ class LatentDelta(dist.Delta):
     """
 
 
+# Pyro's own class of distributions, as in its rule for Delta: with torch's the two are ambiguous.
 @register_kl(LatentDelta, Distribution)  # type: ignore[untyped-decorator]
 def _kl(p: LatentDelta, q: Distribution) -> Tensor:
     return p.log_density - q.log_prob(p.v)

@@ -16,6 +16,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 logger = logging.getLogger(__name__)
 
@@ -68,13 +69,16 @@ class LogJoint:
             "vmap": lambda v: self._by_vmap(v, args, kwargs),
             "loop": lambda v: self._by_loop(v, args, kwargs),
         }
-        if draws < 2:
-            return strategies["loop"](values)
-        if self.strategy is None:
-            self.strategy = self._choose(strategies, values)
+        # Draws far out may leave the domain of a distribution: they score NaN, no exception.
         with pyro.validation_enabled(False):
-            # Draws far out may leave the domain of a distribution: they score NaN, no exception.
-            return strategies[self.strategy](values)
+            if draws < 2:
+                return strategies["loop"](values)
+            strategy = self.strategy or self._choose(strategies, values)
+            try:
+                return strategies[strategy](values)
+            except LinAlgError:
+                # One draw whose matrix has no factor fails them all: only that one is undefined.
+                return strategies["loop"](values)
 
     # --- one evaluation -----------------------------------------------------------------------
 
@@ -106,11 +110,15 @@ class LogJoint:
     # --- many evaluations ---------------------------------------------------------------------
 
     def _by_loop(self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        draws = len(next(iter(values.values())))
-        rows = [{name: v[i] for name, v in values.items()} for i in range(draws)]
         like = next(iter(values.values()))
-        scores = [self._single(row, args, kwargs) for row in rows]
-        return torch.stack(scores) if scores else like.new_zeros(0)
+        scores = [like.new_zeros(0)]
+        for i in range(len(like)):
+            try:
+                score = self._single({name: v[i] for name, v in values.items()}, args, kwargs)
+            except LinAlgError:
+                score = like.new_tensor(torch.nan)
+            scores.append(score.reshape(1))
+        return torch.cat(scores)
 
     def _by_vmap(self, values: Values, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         single = torch.func.vmap(lambda v: self._single(v, args, kwargs), randomness="same")
@@ -139,16 +147,18 @@ class LogJoint:
 
     @torch.no_grad()
     def _choose(self, strategies: dict[str, Evaluate], values: Values) -> str:
-        """The first strategy that agrees with the loop on two draws."""
+        """The first strategy that agrees with the loop on two draws, for good."""
         two = {name: v[:2] for name, v in values.items()}
         with _one_seed():
             first = strategies["loop"]({name: v[:1] for name, v in two.items()})
         with _one_seed():
             second = strategies["loop"]({name: v[1:] for name, v in two.items()})
         expected = torch.cat([first, second])
+        if expected.isnan().any():
+            return "loop"  # for now: these draws cannot tell
         for name in ("plate", "vmap"):
             try:
-                with _one_seed(), pyro.validation_enabled(False):
+                with _one_seed():
                     got = strategies[name](two)
             except _UNFIT as error:
                 logger.debug("evaluation by %s failed: %s", name, error)
@@ -156,11 +166,13 @@ class LogJoint:
             if got.shape == expected.shape and _agree(got, expected):
                 if name != "plate":
                     logger.warning("the model does not broadcast over draws: using %s", name)
+                self.strategy = name
                 return name
         logger.warning(
             "the model does not broadcast over draws: evaluating them one by one, which is slow. "
             "Declare its batch dimensions by pyro.plate or .to_event to have them vectorised."
         )
+        self.strategy = "loop"
         return "loop"
 
 
@@ -171,4 +183,4 @@ def _sample_sites(trace: Trace) -> list[Any]:
 def _agree(got: Tensor, expected: Tensor) -> bool:
     # Sums of many terms differ by rounding, which grows with the total.
     rtol = 1e3 * torch.finfo(expected.dtype).eps
-    return torch.allclose(got.to(expected.dtype), expected, rtol=rtol, atol=rtol, equal_nan=True)
+    return torch.allclose(got.to(expected.dtype), expected, rtol=rtol, atol=rtol)
