@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Flow(RecordedModule):
 
     def __init__(
         self,
-        layers: Iterable[Layer],
+        layers: Sequence[Layer],
         event_shape: int | Sequence[int],
         context: int = 0,
         base: Base | None = None,
