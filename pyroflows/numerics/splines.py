@@ -86,8 +86,8 @@ def rational_quadratic_spline(
     Examples
     --------
     >>> raw = torch.zeros(4, 3)
-    >>> rational_quadratic_spline(torch.tensor([-9.0, 0.5, 2.0]), raw, raw, raw[1:], bound=3.0)
-    (tensor([-9.0000,  0.5000,  2.0000]), tensor([0., 0., 0.]))
+    >>> rational_quadratic_spline(torch.tensor([-9.0, 0.75, 2.25]), raw, raw, raw[1:], bound=3.0)
+    (tensor([-9.0000,  0.7500,  2.2500]), tensor([0., 0., 0.]))
     """
     shape = torch.broadcast_shapes(x.shape, widths.shape[1:])
     x = x.expand(shape)
