@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import detach
 from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine import Trace
@@ -96,8 +97,6 @@ class AutoFlow(AutoContinuous):
     torch.Size([5])
     """
 
-    #: The flow over unconstrained latents; there from the first call on, or with example_args.
-    flow: Flow
     prototype_trace: Any
     _unconstrained_shapes: dict[str, torch.Size]
     _log_joint: LogJoint | None
@@ -121,7 +120,7 @@ class AutoFlow(AutoContinuous):
         self._init_scale = init_scale
         self._make_flow: Callable[[int], Flow] | None = None
         if isinstance(flow, Flow):
-            self.flow = flow
+            self._modules["flow"] = flow
         elif flow is None or callable(flow):
             self._make_flow = flow or default_flow
         else:
@@ -152,6 +151,13 @@ class AutoFlow(AutoContinuous):
         return model
 
     @property
+    def flow(self) -> Flow:
+        """The flow over unconstrained latents; there from the first call on."""
+        self._require_prototype()
+        # Not by Pyro's attribute access, which would warn of frozen parameters at every call.
+        return cast("Flow", self._modules["flow"])
+
+    @property
     def latent_shapes(self) -> dict[str, tuple[int, ...]]:
         """Unconstrained shape of each latent site, in the order of the latent vector."""
         self._require_prototype()
@@ -166,6 +172,7 @@ class AutoFlow(AutoContinuous):
         super()._setup_prototype(*args, **kwargs)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             _check_latent(name, site)
+        _forget_data(self.prototype_trace)
         self._build_flow()
 
     def _full_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
@@ -189,7 +196,7 @@ class AutoFlow(AutoContinuous):
         standardization = flow.transform.standardization
         if standardization.is_identity():
             standardization.set_(loc, self._init_scale)
-        self.flow = flow
+        self._modules["flow"] = flow
         self._make_flow = None
 
     def _require_prototype(self) -> None:
@@ -211,14 +218,13 @@ class AutoFlow(AutoContinuous):
 
     def _register(self) -> None:
         """Bring flow and param store together."""
+        if pyro.settings.get("module_local_params"):
+            return
         nested = self._pyro_name != self._own_name
         self._pyro_name = claim(self._pyro_name, self, stem=None if nested else self._stem)
         if not nested:
             self._own_name = self._pyro_name
-        # Not through the attribute, whose access is Pyro's own registration and comes after.
-        flow = self.__dict__["_modules"]["flow"]
-        adopt(self._pyro_get_fullname("flow"), flow)
-        pyro.module(self._pyro_get_fullname("flow"), flow)
+        adopt(self._pyro_get_fullname("flow"), self.flow)
 
     # --- Pyro's autoguide contract ------------------------------------------------------------
 
@@ -228,12 +234,10 @@ class AutoFlow(AutoContinuous):
 
     def get_base_dist(self) -> Any:
         """The flow's base distribution."""
-        self._require_prototype()
         return self.flow.base()
 
     def get_transform(self, *args: Any, **kwargs: Any) -> ComposedTransform:
         """The flow's transform from base to unconstrained latents, made afresh."""
-        self._require_prototype()
         return self.flow.transform.condition(self.get_context(*args, **kwargs))
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
@@ -371,6 +375,14 @@ class AutoFlow(AutoContinuous):
         for attribute in ("_model", "_original_model", "_log_joint"):
             new.__dict__[attribute] = self.__dict__[attribute]
         return new
+
+
+def _forget_data(trace: Any) -> None:
+    """Keep the latent sites only, without their graph: a guide is copied and pickled."""
+    trace.nodes["_INPUT"].update(args=(), kwargs={})
+    trace.nodes["_RETURN"]["value"] = None
+    for _, site in trace.iter_stochastic_nodes():
+        site["fn"], site["value"] = detach(site["fn"]), site["value"].detach()
 
 
 def _check_latent(name: str, site: Any) -> None:

@@ -71,7 +71,7 @@ def claim(name: str, guide: Any, stem: str | None) -> str:
 
 
 def adopt(name: str, module: nn.Module) -> None:
-    """Bring a module and the param store's entries under its name together.
+    """Bring a module and the param store's entries under its name together, as ``pyro.module``.
 
     Entries that are not the module's own tensors (from a loaded store, or a guide that is gone) are
     copied into the module, buffers too; the store then holds the module's tensors. Buffers are kept
@@ -102,7 +102,10 @@ def adopt(name: str, module: nn.Module) -> None:
             store[key] = tensors[key]
         logger.warning("%s: %d parameters taken from the param store", name, len(foreign))
     for key, value in tensors.items():
-        if not value.requires_grad:
+        if value.requires_grad:
+            # One by one: pyro.module would warn of each frozen parameter at each call.
+            pyro.param(key, value)
+        else:
             _keep_buffer(store, key, value)
 
 

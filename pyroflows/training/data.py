@@ -33,7 +33,10 @@ def as_rows(name: str, value: Any, event_shape: Sequence[int], dtype: torch.dtyp
         array = np.asarray(value)
         if array.dtype.kind not in "biuf":
             raise DataError(f"{name}: expected numbers, got an array of dtype {array.dtype}")
-        value = torch.from_numpy(np.ascontiguousarray(array))
+        # A copy: the array may be read-only, of the other byte order, or of more precision.
+        value = torch.from_numpy(np.array(array, dtype=np.float64))
+    elif value.is_complex():
+        raise DataError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
     check_event(name, value, event_shape)
     rows = value.detach().reshape(-1, *event_shape).to(dtype)
     bad = ~rows.isfinite().flatten(1).all(1)
@@ -82,12 +85,18 @@ class LoaderRows:
         self.flow = flow
 
     def __iter__(self) -> Iterator[Batch]:
+        number = -1
         for number, item in enumerate(self.loader):
             parts = list(item) if isinstance(item, (list, tuple)) else [item]
             if len(parts) > 2:
                 raise DataError(f"DataLoader: expected x or (x, context), got {len(parts)} tensors")
             yield rows_of(
                 self.flow, parts[0], parts[1] if len(parts) == 2 else None, f"batch {number}: "
+            )
+        if number < 0:
+            raise DataError(
+                "the DataLoader gave no batch. It is read for the standardisation and again in "
+                "every epoch: its data set must be one that can be read repeatedly."
             )
 
     def endless(self) -> Iterator[Batch]:
@@ -99,8 +108,9 @@ class LoaderRows:
 def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
     """Rows and contexts for a flow, checked, on its device."""
     x = as_rows(f"{prefix}x", x, flow.event_shape, flow.dtype).to(flow.device)
-    if context is None:
-        flow.transform.check_context(None)
+    if context is None or not flow.context_size:
+        # Raises for a context that is missing, or not expected.
+        flow.transform.check_context(None if context is None else torch.as_tensor(context))
         return x, None
     context = as_rows(f"{prefix}context", context, (flow.context_size,), flow.dtype)
     if len(context) != len(x):

@@ -79,6 +79,8 @@ class Loop:
             raise ValueError(f"steps: expected at least 1, got {self.steps}")
         if not self.lr > 0:
             raise ValueError(f"lr: expected a positive learning rate, got {self.lr}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience: expected at least 1 check or None, got {self.patience}")
         if not self.parameters:
             raise ValueError(
                 "nothing to train: every parameter has requires_grad=False. "
@@ -106,9 +108,11 @@ class Loop:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
         skipped = stale = 0
         for step in range(1, self.steps + 1):
-            finite = self._step(optimizer)
-            schedule.step()
-            skipped = 0 if finite else skipped + 1
+            if self._step(optimizer):
+                schedule.step()
+                skipped = 0
+            else:
+                skipped += 1
             if skipped >= MAX_SKIPPED:
                 raise FitError(
                     f"step {step}: the gradient has not been finite for {skipped} steps (loss "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -102,9 +103,6 @@ def fit_mle(
     with seeded(seed, flow.device):
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         train, batches, held_out = _prepare(flow, x, context, validation, batch_size, generator)
-        if standardize:
-            _standardize(flow, train)
-        flow.transform.initialize_(*next(iter(train)))
         loss = NegativeLogLikelihood(flow)
         loop = Loop(
             loss=loss,
@@ -119,6 +117,10 @@ def fit_mle(
             progress=progress,
             title=f"{type(flow).__name__} by maximum likelihood",
         )
+        # After the checks of all arguments: what is refused stays as it is.
+        if standardize:
+            _standardize(flow, train)
+        flow.transform.initialize_(*next(iter(train)))
         reason, seconds = loop.run()
     return MLEFit(loop.history, reason, seconds)
 
@@ -132,13 +134,17 @@ def _prepare(
     generator: torch.Generator,
 ) -> tuple[Any, Iterator[Batch], Batch | None]:
     """Training rows (iterable of batches), endless minibatches, validation rows."""
-    share = validation if isinstance(validation, (int, float)) else 0.0
+    share = float(validation) if isinstance(validation, Real) else 0.0
     if not 0 <= share < 1:
         raise ValueError(f"validation: expected a share in [0, 1) or rows, got {validation}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     held_out = None
-    if not isinstance(validation, (int, float)):
+    if not isinstance(validation, Real):
         x_held, c_held = validation if isinstance(validation, tuple) else (validation, None)
         held_out = rows_of(flow, x_held, c_held, prefix="validation ")
+        if not len(held_out[0]):
+            raise DataError("validation: expected at least one row. Give 0 for none.")
     if isinstance(x, DataLoader):
         if context is not None:
             raise DataError("context: with a DataLoader, let it give pairs (x, context)")
@@ -150,7 +156,7 @@ def _prepare(
     warn_about_columns(rows[0])
     if share:
         order = torch.randperm(len(rows[0]), generator=generator).to(flow.device)
-        count = max(1, round(share * len(order)))
+        count = min(max(1, round(share * len(order))), len(order) - 1)
         held_out, rows = _take(rows, order[:count]), _take(rows, order[count:])
     return [rows], minibatches(rows, batch_size, generator), held_out
 

@@ -29,8 +29,9 @@ class History:
 
     @property
     def best(self) -> tuple[int, float]:
-        """Step and value of the lowest checked loss."""
-        return min(self.checks, key=lambda check: check[1], default=(0, float("nan")))
+        """Step and value of the lowest checked loss; NaN where there is none."""
+        numbers = [(step, value) for step, value in self.checks if value == value]
+        return min(numbers, key=lambda check: check[1], default=(0, float("nan")))
 
 
 @dataclass
