@@ -220,10 +220,10 @@ class AutoFlow(AutoContinuous):
         """Bring flow and param store together."""
         if pyro.settings.get("module_local_params"):
             return
-        nested = self._pyro_name != self._own_name
-        self._pyro_name = claim(self._pyro_name, self, stem=None if nested else self._stem)
-        if not nested:
-            self._own_name = self._pyro_name
+        if self._pyro_name != self._own_name:
+            # A parent module or guide list has given it another.
+            self._stem = self._pyro_name
+        self._own_name = self._pyro_name = claim(self._pyro_name, self, self._stem)
         adopt(self._pyro_get_fullname("flow"), self.flow)
 
     # --- Pyro's autoguide contract ------------------------------------------------------------

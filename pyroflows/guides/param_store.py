@@ -35,7 +35,7 @@ def _is_cleared(guide: nn.Module) -> bool:
     return bool(parameters) and all(store.param_name(p) is None for p in parameters)
 
 
-def claim(name: str, guide: Any, stem: str | None) -> str:
+def claim(name: str, guide: Any, stem: str) -> str:
     """Take a name for a live guide: ``name``, or the next free one of its stem.
 
     Parameters
@@ -45,21 +45,10 @@ def claim(name: str, guide: Any, stem: str | None) -> str:
     guide
         Who takes it; the name is free again when the guide is gone, or the store was cleared.
     stem
-        What to number (``stem_1``, ``stem_2``, ...) where the name belongs to another live guide;
-        None where only ``name`` will do, because a parent module gave it.
-
-    Raises
-    ------
-    ParamStoreError
-        If the name belongs to another live guide and there is no stem.
+        What to number (``stem_1``, ``stem_2``, ...) where the name belongs to another live guide.
     """
     taken, number = name, 0
     while not _is_free(taken, guide):
-        if stem is None:
-            raise ParamStoreError(
-                f"the name {name!r} belongs to another live guide, so both would train the same "
-                "parameters. Give the enclosing module another name."
-            )
         number += 1
         taken = f"{stem}_{number}"
     if taken != name:
