@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 
 from pyroflows.diagnostics.predictions import isolated
+from pyroflows.guides import AutoFlow
 
 #: Draws whose log joint is evaluated at once, so that memory does not grow with their number.
 CHUNK = 2_000
+#: Fewer draws have too few large weights for a shape.
+MIN_DRAWS = 100
+#: Share of effective draws from which on all weigh about the same: k-hat then describes noise.
+EQUAL = 0.99
 #: Bootstrap replicates behind the interval of k-hat.
 REPLICATES = 50
 
@@ -27,7 +32,8 @@ class PSIS:
     Attributes
     ----------
     k_hat
-        Shape of the generalised Pareto distribution fitted to the largest weights.
+        Shape of the generalised Pareto distribution fitted to the largest weights; minus infinity
+        where all are equal.
     k_hat_interval
         5% and 95% quantiles of its bootstrap distribution.
     ess
@@ -35,13 +41,14 @@ class PSIS:
     log_evidence, log_evidence_error
         Estimate of :math:`\log p(x)` in nats, and its standard error.
     elbo
-        Mean log weight in nats; below the log evidence by the Kullback-Leibler divergence.
+        Mean log weight, in nats, of the draws where it is finite; below the log evidence by the
+        Kullback-Leibler divergence.
     log_weights
         Smoothed, normalised logarithms of the weights, shape ``(num_samples,)``.
     latents
         The draws in unconstrained space, shape ``(num_samples, D)``.
     dropped
-        Draws at which the model's density was not a number; they have weight zero.
+        Draws at which the model's density was infinite or not a number; they have weight zero.
 
     References
     ----------
@@ -73,6 +80,8 @@ class PSIS:
     @property
     def verdict(self) -> str:
         """One of "good", "use with weights" and "do not trust"."""
+        if self.ess >= EQUAL * self.num_samples:
+            return "good"
         if not self.k_hat < self.threshold:
             return "do not trust"
         return "good" if self.ess >= 0.5 * self.num_samples else "use with weights"
@@ -96,9 +105,9 @@ class PSIS:
             f"{self.verdict}: {advice[self.verdict]}",
             f"  k-hat          {self.k_hat:.2f} ({low:.2f} to {high:.2f}), "
             f"reliable below {self.threshold:.2f}",
-            f"  effective draws {self.ess:.0f} of {self.num_samples}",
-            f"  log evidence   {self.log_evidence:.2f} ± {self.log_evidence_error:.2f} nats "
-            f"(ELBO {self.elbo:.2f})",
+            f"  effective      {self.ess:.0f} of {self.num_samples} draws",
+            f"  log evidence   {self.log_evidence:.3f} ± {self.log_evidence_error:.3f} nats "
+            f"(ELBO {self.elbo:.3f})",
         ]
         if self.dropped:
             lines.append(f"  dropped        {self.dropped} draws where the model is not a number")
@@ -106,7 +115,7 @@ class PSIS:
 
 
 def psis(
-    guide: Any,
+    guide: AutoFlow,
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
     num_samples: int = 10_000,
@@ -151,14 +160,16 @@ def psis(
     >>> report.verdict, round(report.log_evidence, 3)
     ('good', 0.0)
     """
-    if num_samples < 100:
-        raise ValueError(f"num_samples: expected at least 100 draws, got {num_samples}")
+    if num_samples < MIN_DRAWS:
+        raise ValueError(f"num_samples: expected at least {MIN_DRAWS} draws, got {num_samples}")
+    if not isinstance(guide, AutoFlow):
+        raise TypeError(f"guide: expected an AutoFlow, got {type(guide).__name__}")
     kwargs = dict(model_kwargs or {})
     with torch.no_grad(), isolated(seed):
         latents, log_q = guide.get_posterior(*args, **kwargs).rsample_and_log_prob((num_samples,))
         log_p = torch.cat([guide.log_joint(z, *args, **kwargs) for z in latents.split(CHUNK)])
         again = guide.log_joint(latents[:2], *args, **kwargs)
-    if not torch.allclose(again, log_p[:2], equal_nan=True):
+    if not torch.allclose(again, log_p[:2], rtol=1e-5, atol=1e-3, equal_nan=True):
         warnings.warn(
             "the model scores the same draw differently each time (subsampled data, or sites that "
             "it draws itself): the weights carry that noise, and k-hat and evidence are not those "
@@ -175,54 +186,54 @@ def weigh(
     unpack: Callable[[Tensor], dict[str, Tensor]],
 ) -> PSIS:
     """The report on draws with log densities under model and guide, each of shape ``(S,)``."""
-    raw = (log_p - log_q).double().cpu().numpy()
-    bad = ~np.isfinite(raw)
-    if bad.all():
+    raw = (log_p.double() - log_q.double()).cpu().numpy()
+    usable = np.isfinite(raw)
+    if not usable.any():
         raise ValueError(
             f"the model's density is zero or not a number at all {len(raw)} draws of the guide. "
             "Check the model's support, or fit the guide first."
         )
-    finite = raw[~bad]
-    smoothed, k_hat = _smooth(finite)
+    finite = raw[usable]
     log_weights = np.full_like(raw, -np.inf)
-    log_weights[~bad] = smoothed
-    weights = np.exp(smoothed)
+    log_weights[usable], k_hat = _smooth(finite)
     top = finite.max()
-    relative = np.exp(finite - top)
-    mean = relative.sum() / len(raw)
-    spread = np.sqrt((relative**2).sum() / len(raw) - mean**2)
+    relative = np.exp(np.where(usable, raw, -np.inf) - top)
     generator = np.random.default_rng(0)
     replicates = [_smooth(generator.choice(finite, len(finite)))[1] for _ in range(REPLICATES)]
     return PSIS(
         k_hat=k_hat,
-        k_hat_interval=tuple(np.quantile(replicates, [0.05, 0.95]).tolist()),
-        ess=float(1 / (weights**2).sum()),
-        log_evidence=float(top + np.log(mean)),
-        log_evidence_error=float(spread / mean / np.sqrt(len(raw))),
+        # No interpolation: replicates may be infinite.
+        k_hat_interval=tuple(np.quantile(replicates, [0.05, 0.95], method="nearest").tolist()),
+        ess=float(1 / np.exp(2 * log_weights).sum()),
+        log_evidence=float(top + np.log(relative.mean())),
+        log_evidence_error=float(relative.std() / relative.mean() / np.sqrt(len(raw))),
         elbo=float(finite.mean()),
         log_weights=torch.as_tensor(log_weights),
         latents=latents,
-        dropped=int(np.isnan(raw).sum()),
+        dropped=int((~usable & ~np.isneginf(raw)).sum()),
         unpack=unpack,
     )
 
 
 def _smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Smoothed, normalised log weights and k-hat, by the ArviZ that is installed."""
-    if np.ptp(log_weights) < 1e-10:
-        # Equal weights have no tail to fit.
+    if len(log_weights) < MIN_DRAWS:
+        return log_weights - np.logaddexp.reduce(log_weights), math.inf
+    if np.ptp(log_weights) < 1e-3:
+        # Equal up to rounding: no tail to fit.
         return np.full_like(log_weights, -np.log(len(log_weights))), -math.inf
-    smoothed, k_hat = _psislw()(log_weights.copy())
-    # ArviZ says infinity where the tail is too short to fit: no evidence of a heavy one.
+    with np.errstate(over="ignore"):  # in ArviZ, for a long tail
+        smoothed, k_hat = _psislw(log_weights)
+    # Infinity where the tail is too short to fit: next to nothing carries all the weight.
     return np.asarray(smoothed), float(k_hat)
 
 
-def _psislw() -> Callable[[np.ndarray], tuple[np.ndarray, Any]]:
+def _psislw(log_weights: np.ndarray) -> tuple[np.ndarray, Any]:
     try:
-        import arviz
-
-        return arviz.psislw
-    except (ImportError, AttributeError):
+        from arviz import psislw
+    except ImportError:
         from arviz_stats.base.array import array_stats
 
-        return array_stats.psislw
+        # The 1.x line asks for log likelihoods left out, of which the weights are the inverse.
+        return array_stats.psislw(-log_weights)
+    return psislw(log_weights.copy())

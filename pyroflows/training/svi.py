@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflows.diagnostics import psis
+from pyroflows.diagnostics.psis import MIN_DRAWS, psis
 from pyroflows.guides import AutoFlow
 from pyroflows.training.loop import Loop, seeded
 from pyroflows.training.losses import Estimator, NegativeELBO
@@ -94,6 +94,8 @@ def fit_svi(
             f"guide: expected an AutoFlow, got {type(guide).__name__}. Fit other guides with "
             "pyro.infer.SVI."
         )
+    if psis_samples and psis_samples < MIN_DRAWS:
+        raise ValueError(f"psis_samples: expected 0 or at least {MIN_DRAWS}, got {psis_samples}")
     kwargs = dict(model_kwargs or {})
     if device is not None:
         guide.to(device)
