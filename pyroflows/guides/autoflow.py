@@ -173,6 +173,9 @@ class AutoFlow(AutoContinuous):
         for name, site in self.prototype_trace.iter_stochastic_nodes():
             _check_latent(name, site)
         _forget_data(self.prototype_trace)
+        if self.master is None:
+            # Pyro makes them in the first call only, and NeuTraReparam reads them.
+            self._create_plates(*args, **kwargs)
         self._build_flow()
 
     def _full_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:

@@ -52,8 +52,9 @@ class Fit:
     stop_reason: str
     seconds: float
 
-    #: What the vertical axis of the plot shows.
+    #: What the vertical axis of the plot shows, and what the checked losses are.
     _quantity = "loss (nats)"
+    _checked = "checked"
 
     def plot(self, ax: Any = None) -> Any:
         """Plot the losses over the steps; returns matplotlib's axes (needs the ``plot`` extra)."""
@@ -64,7 +65,7 @@ class Fit:
         steps = range(1, len(self.history.losses) + 1)
         ax.plot(steps, self.history.losses, color="0.75", lw=0.8, label="batch")
         if self.history.checks:
-            ax.plot(*zip(*self.history.checks, strict=True), color="C0", label="checked")
+            ax.plot(*zip(*self.history.checks, strict=True), color="C0", label=self._checked)
             step, best = self.history.best
             ax.plot(step, best, "o", color="C1", label=f"best: {best:.3f}")
         # The first steps are far off: they would flatten everything that follows.
@@ -93,6 +94,7 @@ class MLEFit(Fit):
     """Result of `pyroflows.fit_mle`; the checked losses are those of the validation rows."""
 
     _quantity = "negative log likelihood (nats)"
+    _checked = "validation"
 
 
 @dataclass
@@ -111,6 +113,7 @@ class SVIFit(Fit):
     dropped: int = 0
 
     _quantity = "negative ELBO (nats)"
+    _checked = "mean since the last check"
 
     def __str__(self) -> str:
         dropped = f"\n{self.dropped} draws dropped in training" if self.dropped else ""
