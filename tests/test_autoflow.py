@@ -134,10 +134,10 @@ def test_vectorised_particles_are_the_mean_over_draws(constraint: str) -> None:
 
 
 TRAINED: dict[str, Callable[[], Any]] = {
-    "Trace": partial(Trace_ELBO, num_particles=8),
+    "Trace": partial(Trace_ELBO, num_particles=4),
     "Trace, vectorised": partial(Trace_ELBO, num_particles=32, vectorize_particles=True),
     "TraceGraph": partial(TraceGraph_ELBO, num_particles=4),
-    "TraceMeanField": partial(TraceMeanField_ELBO, num_particles=8),
+    "TraceMeanField": partial(TraceMeanField_ELBO, num_particles=4),
     "TraceMeanField, vectorised": partial(
         TraceMeanField_ELBO, num_particles=32, vectorize_particles=True
     ),

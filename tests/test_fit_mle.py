@@ -6,7 +6,6 @@ import copy
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -29,6 +28,11 @@ def correlated(rows: int = 600, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def fit(flow: pf.Flow, *data: Any, **kwargs: Any) -> MLEFit:
     return pf.fit_mle(flow, *data, **{"steps": 100, "seed": 0, "progress": False, **kwargs})
+
+
+def as_loader(*tensors: Tensor) -> DataLoader[Any]:
+    rows = TensorDataset(*tensors) if len(tensors) > 1 else tensors[0]
+    return DataLoader(rows, batch_size=64, shuffle=True)  # type: ignore[arg-type]
 
 
 def normal_nats(train: Tensor, test: Tensor) -> float:
@@ -84,78 +88,6 @@ def test_a_conditional_density() -> None:
         draws = flow(torch.tensor([[2.0], [4.0]])).sample((2000,)).squeeze(-1)
     assert draws.mean(0).tolist() == pytest.approx([120.0, 140.0], abs=0.6)
     assert draws.std(0).tolist() == pytest.approx([1.0, 1.0], abs=0.3)
-
-
-# --- what it takes --------------------------------------------------------------------------------
-
-
-def as_loader(*tensors: Tensor) -> DataLoader[Any]:
-    rows = TensorDataset(*tensors) if len(tensors) > 1 else tensors[0]
-    return DataLoader(rows, batch_size=64, shuffle=True)  # type: ignore[arg-type]
-
-
-KINDS: dict[str, Any] = {
-    "tensor": lambda x: x,
-    "array": lambda x: x.numpy(),
-    "float64 array": lambda x: x.double().numpy(),
-    "float16 array": lambda x: x.half().numpy(),
-    "foreign byte order": lambda x: x.numpy().astype(">f8"),
-    "extended precision": lambda x: x.numpy().astype(np.longdouble),
-    "read-only array": lambda x: _read_only(x.numpy()),
-    "strided array": lambda x: x.numpy()[::-1],
-    "lists": lambda x: x.tolist(),
-    "leading dimensions": lambda x: x.reshape(4, -1, 2),
-    "requires grad": lambda x: x.clone().requires_grad_(),
-    "loader": as_loader,
-}
-
-
-def _read_only(array: Any) -> Any:
-    array = array.copy()
-    array.setflags(write=False)
-    return array
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_kinds_of_data(kind: str) -> None:
-    x = torch.tensor([3.0, -2.0]) + torch.randn(400, 2)
-    flow = small()
-    result = fit(flow, KINDS[kind](x), steps=5)
-    assert len(result.history.losses) == 5
-    assert flow.dtype == torch.float32
-    loc, scale = flow.transform.standardization.loc, flow.transform.standardization.scale
-    assert torch.allclose(loc, x.mean(0), atol=0.1)
-    assert torch.allclose(scale, x.std(0), atol=0.1)
-
-
-@pytest.mark.parametrize("kind", ["tensors", "arrays", "loader"])
-def test_kinds_of_contexts(kind: str) -> None:
-    x, context = torch.randn(100, 2), 7.0 + 3.0 * torch.randn(100, 3)
-    data = {
-        "tensors": (x, context),
-        "arrays": (x.numpy(), context.numpy()),
-        "loader": (as_loader(x, context),),
-    }[kind]
-    flow = small(2, 3)
-    fit(flow, *data, steps=5)
-    standardization = flow.transform.context_standardization
-    assert torch.allclose(standardization.loc, context.mean(0), atol=1.0)
-    assert torch.allclose(standardization.scale, context.std(0), atol=1.0)
-
-
-def test_the_loader_is_standardised_as_a_whole() -> None:
-    x = 1e4 + torch.randn(130, 2)  # ragged last batch; large mean
-    flow = small()
-    fit(flow, as_loader(x), steps=1)
-    standardization = flow.transform.standardization
-    assert torch.allclose(standardization.loc, x.mean(0), rtol=1e-6)
-    assert torch.allclose(standardization.scale, x.std(0, correction=0), rtol=1e-3)
-
-
-def test_double_flows_are_fitted_in_double() -> None:
-    flow = small().double()
-    fit(flow, np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32), steps=3)
-    assert {p.dtype for p in flow.parameters()} == {torch.float64}
 
 
 # --- validation, stopping, the best state ---------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Data that maximum likelihood refuses or warns of, each by its own words."""
+"""Data that maximum likelihood takes, and what it refuses or warns of, each by its own words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pyroflows as pf
 from pyroflows.errors import ContextError, DataError, ShapeError
@@ -24,6 +24,11 @@ def fit(flow: pf.Flow, *data: Any, **kwargs: Any) -> Any:
     return pf.fit_mle(flow, *data, **{"steps": 2, "seed": 0, "progress": False, **kwargs})
 
 
+def as_loader(*tensors: Tensor) -> DataLoader[Any]:
+    rows = TensorDataset(*tensors) if len(tensors) > 1 else tensors[0]
+    return DataLoader(rows, batch_size=64, shuffle=True)  # type: ignore[arg-type]
+
+
 def rows(count: int = 50, features: int = 2) -> Tensor:
     return torch.randn(count, features)
 
@@ -32,6 +37,73 @@ def with_bad_rows(value: float) -> Tensor:
     x = rows()
     x[[7, 31], [1, 0]] = value
     return x
+
+
+# --- what it takes --------------------------------------------------------------------------------
+
+
+KINDS: dict[str, Any] = {
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "float64 array": lambda x: x.double().numpy(),
+    "float16 array": lambda x: x.half().numpy(),
+    "foreign byte order": lambda x: x.numpy().astype(">f8"),
+    "extended precision": lambda x: x.numpy().astype(np.longdouble),
+    "read-only array": lambda x: _read_only(x.numpy()),
+    "strided array": lambda x: x.numpy()[::-1],
+    "lists": lambda x: x.tolist(),
+    "leading dimensions": lambda x: x.reshape(4, -1, 2),
+    "requires grad": lambda x: x.clone().requires_grad_(),
+    "loader": as_loader,
+}
+
+
+def _read_only(array: Any) -> Any:
+    array = array.copy()
+    array.setflags(write=False)
+    return array
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_data(kind: str) -> None:
+    x = torch.tensor([3.0, -2.0]) + torch.randn(400, 2)
+    flow = small()
+    result = fit(flow, KINDS[kind](x), steps=5)
+    assert len(result.history.losses) == 5
+    assert flow.dtype == torch.float32
+    loc, scale = flow.transform.standardization.loc, flow.transform.standardization.scale
+    assert torch.allclose(loc, x.mean(0), atol=0.1)
+    assert torch.allclose(scale, x.std(0), atol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "arrays", "loader"])
+def test_kinds_of_contexts(kind: str) -> None:
+    x, context = torch.randn(100, 2), 7.0 + 3.0 * torch.randn(100, 3)
+    data = {
+        "tensors": (x, context),
+        "arrays": (x.numpy(), context.numpy()),
+        "loader": (as_loader(x, context),),
+    }[kind]
+    flow = small(2, 3)
+    fit(flow, *data, steps=5)
+    standardization = flow.transform.context_standardization
+    assert torch.allclose(standardization.loc, context.mean(0), atol=1.0)
+    assert torch.allclose(standardization.scale, context.std(0), atol=1.0)
+
+
+def test_the_loader_is_standardised_as_a_whole() -> None:
+    x = 1e4 + torch.randn(130, 2)  # ragged last batch; large mean
+    flow = small()
+    fit(flow, as_loader(x), steps=1)
+    standardization = flow.transform.standardization
+    assert torch.allclose(standardization.loc, x.mean(0), rtol=1e-6)
+    assert torch.allclose(standardization.scale, x.std(0, correction=0), rtol=1e-3)
+
+
+def test_double_flows_are_fitted_in_double() -> None:
+    flow = small().double()
+    fit(flow, np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32), steps=3)
+    assert {p.dtype for p in flow.parameters()} == {torch.float64}
 
 
 # --- not finite -----------------------------------------------------------------------------------

@@ -79,7 +79,11 @@ class PSIS:
 
     @property
     def verdict(self) -> str:
-        """One of "good", "use with weights" and "do not trust"."""
+        """One of "good", "use with weights" and "do not trust".
+
+        "do not trust" where k-hat is above `threshold`, "good" where at least half of the draws are
+        effective, or, whatever k-hat, where practically all of them are.
+        """
         if self.ess >= EQUAL * self.num_samples:
             return "good"
         if not self.k_hat < self.threshold:

@@ -127,6 +127,7 @@ def _parameters(loss: NegativeELBO, args: Any, kwargs: Any) -> list[Tensor]:
     """The guide's trainable parameters and those that the model asks Pyro for."""
     with torch.no_grad(), poutine.trace(param_only=True) as capture:
         loss(args, kwargs)
+    loss.dropped = 0  # that was no step of training
     found: list[Tensor] = [p for p in loss.guide.parameters() if p.requires_grad]
     for name in capture.trace.nodes:
         parameter: Tensor = cast("Any", pyro.param(name)).unconstrained()
