@@ -36,9 +36,9 @@ from pyroflows.flows.description import (
     digest,
     field,
     restore,
-    unseen,
 )
 from pyroflows.guides import AutoFlow
+from pyroflows.numerics import forked_rng
 
 __all__ = ["load", "save"]
 
@@ -306,7 +306,7 @@ def _build_guide(
 
     # Start values are the file's: the model's own, which may be costly or undefined, do not matter.
     guide = AutoFlow(model, checked, name=name, init_loc_fn=init_to_feasible)
-    with unseen(), poutine.block():
+    with forked_rng(), poutine.block():
         guide(*arguments[0], **arguments[1])
     # Once more, for meeting the model may have moved the flow and set its standardisation.
     restore(flow, record, tensors)

@@ -451,6 +451,7 @@ ELSEWHERE = {
             "numerics.autoregressive_mask",
             "numerics.binary_code",
             "numerics.bounded_exp",
+            "numerics.forked_rng",
             "numerics.hidden_degrees",
             "numerics.soft_clamp",
             "numerics.sum_rightmost",

@@ -13,6 +13,7 @@ from pyroflows.numerics import (
     autoregressive_mask,
     binary_code,
     bounded_exp,
+    forked_rng,
     hidden_degrees,
     rational_quadratic_spline,
     soft_clamp,
@@ -205,3 +206,16 @@ def test_spline_returns_nan_for_nan() -> None:
     for inverse in (False, True):
         y, ladj = rational_quadratic_spline(x, *raw_parameters(4), 3.0, inverse)
         assert y.isnan().tolist() == ladj.isnan().tolist() == [True, False]
+
+
+def test_forked_rng_leaves_no_trace() -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    with forked_rng(0):
+        first = torch.rand(2)
+    with forked_rng():
+        torch.rand(2)
+    assert torch.equal(torch.rand(2), expected)
+    with forked_rng(0):
+        assert torch.equal(torch.rand(2), first)

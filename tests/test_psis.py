@@ -49,6 +49,7 @@ Y = gaussian_data(dtype=torch.float64)
 def test_the_posterior_itself(dtype: torch.dtype) -> None:
     y = Y.to(dtype)
     report = pf.psis(exact_gaussian_guide(y), y, num_samples=1000, seed=0)
+    assert isinstance(report, pf.PSIS)
     assert report.k_hat == -math.inf
     assert report.k_hat_interval == (-math.inf, -math.inf)
     assert report.ess == pytest.approx(1000)

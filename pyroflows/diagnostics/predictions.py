@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyroflows.diagnostics.sites import Site, Values, describe
+from pyroflows.numerics import forked_rng
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +43,7 @@ def isolated(seed: int | None = None) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         stack.enter_context(pyro.validation_enabled(False))
         if seed is not None:
-            gpus = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-            stack.enter_context(torch.random.fork_rng(gpus))
-            torch.manual_seed(seed)
+            stack.enter_context(forked_rng(seed))
         try:
             yield
         finally:

@@ -129,7 +129,8 @@ def psis(
 
     Draws from the guide, weighs each by model over guide, smooths the largest weights and reports
     the Pareto shape k-hat with its spread, the effective number of draws and the evidence. k-hat of
-    a small number of draws is noisy: the default number keeps its spread near a tenth.
+    a small number of draws is noisy: the default number keeps its spread near a tenth. Weights see
+    the posterior only where the guide draws: a mode that it misses altogether leaves no trace.
 
     Parameters
     ----------

@@ -8,8 +8,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from pyroflows import distributions, layers, transforms
 from pyroflows.errors import SavedFileError
 from pyroflows.flows.flow import Flow
 from pyroflows.nn import RecordedModule
+from pyroflows.numerics import forked_rng
 
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -218,13 +218,6 @@ def digest(record: Record, tensors: Mapping[str, Tensor]) -> str:
     return content.hexdigest()
 
 
-@contextmanager
-def unseen() -> Iterator[None]:
-    """Run code that draws random numbers, and leave no trace of it."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
-
-
 def build(record: Record) -> Flow:
     """A flow as the record describes it, on the CPU, its values not yet set.
 
@@ -236,7 +229,7 @@ def build(record: Record) -> Flow:
     dtype = field(record, "dtype", str)
     if dtype not in DTYPES:
         raise SavedFileError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    with unseen(), torch.device("cpu"):
+    with forked_rng(), torch.device("cpu"):
         flow = decode(field(record, "flow", dict), "flow")
     if not isinstance(flow, Flow):
         raise SavedFileError(f"flow: expected a flow, got {type(flow).__name__}. {DAMAGED}")

@@ -24,7 +24,7 @@ from pyroflows.guides.default import default_flow
 from pyroflows.guides.deltas import LatentDeltas
 from pyroflows.guides.log_joint import LogJoint
 from pyroflows.guides.param_store import adopt, claim
-from pyroflows.numerics import sum_rightmost
+from pyroflows.numerics import forked_rng, sum_rightmost
 from pyroflows.transforms import ComposedTransform
 from pyroflows.transforms.base import call_and_ladj
 
@@ -347,9 +347,7 @@ class AutoFlow(AutoContinuous):
         """
         posterior = self.get_posterior(*args, **kwargs)
         levels = torch.as_tensor(quantiles, dtype=self.flow.dtype, device=self.flow.device)
-        devices = [self.flow.device] if self.flow.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
+        with forked_rng(0):
             latents = posterior.sample((QUANTILE_DRAWS,))
         return self.unpack(torch.quantile(latents, levels, dim=0))
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import pyro
@@ -18,6 +18,8 @@ from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pyroflows.numerics import forked_rng
+
 logger = logging.getLogger(__name__)
 
 DRAWS = "_pyroflows_draws"
@@ -26,14 +28,6 @@ _UNFIT = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AssertionEr
 
 Values = dict[str, Tensor]
 Evaluate = Callable[[Values], Tensor]
-
-
-@contextmanager
-def _one_seed() -> Iterator[None]:
-    """The same random numbers for every evaluation, so that subsamples can be compared."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
 
 
 class LogJoint:
@@ -149,16 +143,17 @@ class LogJoint:
     def _choose(self, strategies: dict[str, Evaluate], values: Values) -> str:
         """The first strategy that agrees with the loop on two draws, for good."""
         two = {name: v[:2] for name, v in values.items()}
-        with _one_seed():
+        # The same random numbers for every evaluation, so that subsamples can be compared.
+        with forked_rng(0):
             first = strategies["loop"]({name: v[:1] for name, v in two.items()})
-        with _one_seed():
+        with forked_rng(0):
             second = strategies["loop"]({name: v[1:] for name, v in two.items()})
         expected = torch.cat([first, second])
         if expected.isnan().any():
             return "loop"  # for now: these draws cannot tell
         for name in ("plate", "vmap"):
             try:
-                with _one_seed():
+                with forked_rng(0):
                     got = strategies[name](two)
             except _UNFIT as error:
                 logger.debug("evaluation by %s failed: %s", name, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from numbers import Real
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from pyroflows.errors import DataError
 from pyroflows.flows import Flow
+from pyroflows.numerics import forked_rng
 from pyroflows.training.data import (
     MIN_ROWS,
     Batch,
@@ -20,7 +22,7 @@ from pyroflows.training.data import (
     rows_of,
     warn_about_columns,
 )
-from pyroflows.training.loop import Loop, seeded
+from pyroflows.training.loop import Loop
 from pyroflows.training.losses import NegativeLogLikelihood
 from pyroflows.training.result import MLEFit
 
@@ -100,7 +102,7 @@ def fit_mle(
     """
     if device is not None:
         flow.to(device)
-    with seeded(seed, flow.device):
+    with forked_rng(seed) if seed is not None else nullcontext():
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         train, batches, held_out = _prepare(flow, x, context, validation, batch_size, generator)
         loss = NegativeLogLikelihood(flow)

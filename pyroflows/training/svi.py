@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from itertools import repeat
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from pyroflows.diagnostics.psis import MIN_DRAWS, psis
 from pyroflows.guides import AutoFlow
-from pyroflows.training.loop import Loop, seeded
+from pyroflows.numerics import forked_rng
+from pyroflows.training.loop import Loop
 from pyroflows.training.losses import Estimator, NegativeELBO
 from pyroflows.training.result import SVIFit
 
@@ -100,7 +102,7 @@ def fit_svi(
     if device is not None:
         guide.to(device)
         args, kwargs = _moved(args, device), _moved(kwargs, device)
-    with seeded(seed, torch.device(device or "cpu")):
+    with forked_rng(seed) if seed is not None else nullcontext():
         guide.register(*args, **kwargs)
         loss = NegativeELBO(guide, draws, estimator)
         loop = Loop(
