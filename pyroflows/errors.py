@@ -20,10 +20,6 @@ class ContextError(ValueError):
     """A context that is missing, or given to a flow that has none."""
 
 
-class InversionError(RuntimeError):
-    """A numerical inverse that did not reach its tolerance."""
-
-
 class FitError(RuntimeError):
     """A fit whose loss stopped being finite."""
 

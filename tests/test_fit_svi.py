@@ -105,6 +105,28 @@ def test_eight_schools_by_default() -> None:
             assert error.max() < 0.1, (seed, site)
 
 
+@pytest.mark.slow
+def test_eight_schools_centred_says_what_it_reached() -> None:
+    """The funnel is only nearly reached: the report says so, and the weights correct the draws."""
+
+    def centred(errors: Tensor, y: Tensor) -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        with pyro.plate("schools", len(errors)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, errors), obs=y)
+
+    evidence, truth = eight_schools_truth()
+    report = pf.fit_svi(pf.AutoFlow(centred), SCHOOL_ERRORS, SCHOOLS, seed=0, progress=False).psis
+    assert report.k_hat > 0.5
+    assert report.ess < 0.9 * report.num_samples
+    assert report.log_evidence == pytest.approx(evidence, abs=0.15)
+    draws = report.resample(20_000, seed=0)
+    for site in ("mu", "tau"):
+        mean, deviation = truth[site]
+        assert ((draws[site].double().mean(0) - mean).abs() / deviation).max() < 0.1, site
+
+
 def log_normal(loc: float, scale: float) -> None:
     pyro.sample("z", dist.LogNormal(loc, scale))
 
