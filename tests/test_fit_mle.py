@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -331,7 +332,7 @@ def test_history_is_in_nats_of_the_batch() -> None:
 
 
 def test_plot_gives_axes() -> None:
-    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot = import_module("matplotlib.pyplot")
     pyplot.switch_backend("Agg")
     result = fit(small(), torch.randn(100, 2))
     ax = result.plot()

@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import arviz as az
@@ -671,9 +672,9 @@ def test_arviz_functions_and_files(tmp_path: Any) -> None:
 
 
 def test_data_tree(tmp_path: Any) -> None:
-    pytest.importorskip("arviz_base")
-    stats = pytest.importorskip("arviz_stats")
-    xarray = pytest.importorskip("xarray")
+    import_module("arviz_base")
+    stats = import_module("arviz_stats")
+    xarray = import_module("xarray")
     guide = guide_of(schools, SIGMA, Y)
     options: Any = {"num_samples": 200, "seed": 0}
     idata = to_arviz(guide, SIGMA, Y, backend="arviz", **options)
@@ -703,7 +704,7 @@ def test_backend_follows_what_is_installed(
     missing: list[str], backend: Any, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "arviz" in missing:
-        pytest.importorskip("arviz_base")
+        import_module("arviz_base")
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     assert type(export(schools, SIGMA, Y, backend=backend)).__name__ == kind
