@@ -1,4 +1,4 @@
-"""Every property over every case of the table in `tests/cases.py`."""
+"""Every property over every case of the table in `tests/cases`."""
 
 from __future__ import annotations
 
@@ -66,20 +66,23 @@ def test_what_is_tested_elsewhere_is_tested_there(name: str, file: str) -> None:
 @every_scale
 def test_round_trip(case: Case, scale: float | None, device: torch.device) -> None:
     made = case.make(scale, device=device)(case.contexts(device=device))
-    testing.check_round_trip(transform_of(made), case.points(device=device))
+    x, y = case.points(device=device), case.data(device=device)
+    testing.check_round_trip(transform_of(made), x, case.tolerance, y)
 
 
 @every_case
 @every_scale
 def test_log_determinant(case: Case, scale: float | None, device: torch.device) -> None:
     made = case.make(scale, device=device)(case.contexts(device=device))
-    testing.check_jacobian(transform_of(made), case.points(device=device))
+    x, y = case.points(device=device), case.data(device=device)
+    testing.check_jacobian(transform_of(made), x, case.tolerance, y)
 
 
 @every_case
 def test_fused_passes(case: Case, device: torch.device) -> None:
     made = case.make(0.3, device=device)(case.contexts(device=device))
-    testing.check_fused(transform_of(made), case.points(device=device))
+    x, y = case.points(device=device), case.data(device=device)
+    testing.check_fused(transform_of(made), x, case.tolerance, y)
 
 
 @every_case
@@ -109,14 +112,14 @@ def test_slow_direction_is_declared(case: Case) -> None:
 @every_case
 def test_batching(case: Case, device: torch.device) -> None:
     module = case.make(0.3, device=device)
-    testing.check_batching(module, case.points(device=device), case.contexts(device=device))
+    testing.check_batching(module, case.data(device=device), case.contexts(device=device))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.context], ids=lambda c: c.name)
 def test_context_broadcasting(case: Case, device: torch.device) -> None:
     """(5, 1, 3) contexts against (6, 4) values, for one."""
     context = case.contexts(5, device=device)
-    testing.check_context(case.make(0.3, device=device), case.points(6, device=device), context)
+    testing.check_context(case.make(0.3, device=device), case.data(6, device=device), context)
 
 
 @every_case
@@ -132,13 +135,14 @@ def test_tails(
     alone.view(4, -1)[:, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])
     directions = torch.cat([signs, alone]).to(device, precision)
     module = case.make(scale, precision, device)
-    testing.check_tails(module, directions, case.contexts(8, precision, device))
+    context = case.contexts(8, precision, device)
+    testing.check_tails(module, directions, context, case.magnitudes, case.support)
 
 
 @few_features
 def test_nan(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     module = case.make(0.3, dtype, device)
-    testing.check_nan(module, case.points(3, dtype, device), case.contexts(3, dtype, device))
+    testing.check_nan(module, case.data(3, dtype, device), case.contexts(3, dtype, device))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_dtype_device_and_copies(
     case: Case, check: Callable[..., None], dtype: torch.dtype, device: torch.device
 ) -> None:
     module = case.make(0.3, dtype, device)
-    check(module, case.points(3, dtype, device), case.contexts(3, dtype, device))
+    check(module, case.data(3, dtype, device), case.contexts(3, dtype, device))
 
 
 @every_case
@@ -186,17 +190,17 @@ def test_state(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     module, other = case.make(0.3, dtype, device), case.make(None, dtype, device)
     torch.manual_seed(1)
     testing.redraw_(other, 1.0)
-    value, context = case.points(3, dtype, device), case.contexts(3, dtype, device)
+    value, context = case.data(3, dtype, device), case.contexts(3, dtype, device)
     testing.check_state(module, other, value, context)
 
 
 # --- gradients --------------------------------------------------------------------------------
 
 
-@every_case
+@pytest.mark.parametrize("case", [c for c in CASES if c.vmap], ids=lambda c: f"{c.kind}-{c.name}")
 def test_vmap_and_grad(case: Case, device: torch.device) -> None:
     module = case.make(0.3, device=device)
-    testing.check_vmap_grad(module, case.points(device=device), case.contexts(device=device))
+    testing.check_vmap_grad(module, case.data(device=device), case.contexts(device=device))
 
 
 @few_features

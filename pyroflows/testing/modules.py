@@ -7,10 +7,11 @@ import io
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch.distributions import Distribution, biject_to
 from torch.distributions import Transform as TorchTransform
 from torch.func import functional_call
 
@@ -66,11 +67,18 @@ def check_tails(
     directions: Tensor,
     context: Tensor | None = None,
     magnitudes: Sequence[float] = (10.0, 100.0, 1e4),
+    support: Any = None,
 ) -> None:
-    """Densities and their gradients, in values and parameters, are finite far out."""
+    """Densities and their gradients, in values and parameters, are finite far out.
+
+    Far out is ``magnitude * directions``, on a ``support`` what ``biject_to(support)`` makes of it.
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
     for magnitude in magnitudes:
-        value = (directions * magnitude).requires_grad_()
+        value = directions * magnitude
+        if support is not None:
+            value = biject_to(support)(value)
+        value.requires_grad_()
         density = log_density(module(context), value)
         gradients = torch.autograd.grad(density.sum(), [value, *parameters], materialize_grads=True)
         for what, tensor in (("density", density), *(("gradient", g) for g in gradients)):

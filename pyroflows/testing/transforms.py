@@ -42,7 +42,14 @@ def _allowed(matrix: Tensor, tolerance: float) -> Tensor:
     return allowed.masked_fill(~(allowed < 1), torch.inf).clamp_min(tolerance)
 
 
-def check_round_trip(transform: TorchTransform, x: Tensor, tolerance: float = 1e-8) -> None:
+def _largest(value: Tensor, dims: int) -> Tensor:
+    """The largest coordinate of each event."""
+    return value.abs().reshape(*value.shape[: value.dim() - dims], -1).amax(-1)
+
+
+def check_round_trip(
+    transform: TorchTransform, x: Tensor, tolerance: float = 1e-8, y: Tensor | None = None
+) -> None:
     """Forward then inverse, and inverse then forward, give back where they started.
 
     Parameters
@@ -50,10 +57,13 @@ def check_round_trip(transform: TorchTransform, x: Tensor, tolerance: float = 1e
     transform
         Any torch transform.
     x
-        Points, used as values of the base and as data.
+        Points of the base; data too, unless ``y`` is given.
     tolerance
         Smallest error allowed, relative to the largest coordinate where that exceeds one; beyond
         it the Jacobian's condition number times rounding.
+
+    y
+        Data, where they live on a support of their own.
 
     Examples
     --------
@@ -61,21 +71,21 @@ def check_round_trip(transform: TorchTransform, x: Tensor, tolerance: float = 1e
     >>> check_round_trip(AffineTransform(1.0, 2.0), torch.randn(5, dtype=torch.float64))
     """
     dims = event_dim(transform)
-    for what, there, back in (
-        ("forward then inverse", forward, inverse),
-        ("inverse then forward", inverse, forward),
+    for what, there, back, start in (
+        ("forward then inverse", forward, inverse, x),
+        ("inverse then forward", inverse, forward, x if y is None else y),
     ):
-        matrix = _derivative(there, transform, x)
-        between = there(transform, x)[0].detach()
-        start = x.expand(between.shape)
-        size = torch.maximum(start.abs(), between.abs()).reshape(
-            *between.shape[: x.dim() - dims], -1
-        )
-        allowed = _allowed(matrix, tolerance) * size.amax(-1).clamp_min(1.0)
+        matrix = _derivative(there, transform, start)
+        between = there(transform, start)[0].detach()
+        size = torch.maximum(_largest(start, dims), _largest(between, dims))
+        start = start.expand(*size.shape, *start.shape[start.dim() - dims :])
+        allowed = _allowed(matrix, tolerance) * size.clamp_min(1.0)
         check_close(what, back(transform, between)[0], start, per_event(allowed, dims))
 
 
-def check_jacobian(transform: TorchTransform, x: Tensor, tolerance: float = 1e-8) -> None:
+def check_jacobian(
+    transform: TorchTransform, x: Tensor, tolerance: float = 1e-8, y: Tensor | None = None
+) -> None:
     """The log-determinants of both directions are those of the autodiff Jacobian.
 
     Parameters
@@ -83,22 +93,27 @@ def check_jacobian(transform: TorchTransform, x: Tensor, tolerance: float = 1e-8
     transform
         Any torch transform.
     x
-        Points, used as values of the base and as data.
+        Points of the base; data too, unless ``y`` is given.
     tolerance
         Smallest error allowed, in nats; beyond it the condition number times rounding.
+    y
+        Data, where they live on a support of their own.
 
     Examples
     --------
     >>> from torch.distributions import ExpTransform
     >>> check_jacobian(ExpTransform(), torch.rand(5, dtype=torch.float64))
     """
-    for what, direction in (("forward", forward), ("inverse", inverse)):
-        matrix = _derivative(direction, transform, x)
-        got = direction(transform, x)[1]
+    data = x if y is None else y
+    for what, direction, start in (("forward", forward, x), ("inverse", inverse, data)):
+        matrix = _derivative(direction, transform, start)
+        got = direction(transform, start)[1]
         check_close(f"{what} log|det J|", got, matrix.slogdet()[1], _allowed(matrix, tolerance))
 
 
-def check_fused(transform: Any, x: Tensor, tolerance: float = 1e-8) -> None:
+def check_fused(
+    transform: Any, x: Tensor, tolerance: float = 1e-8, data: Tensor | None = None
+) -> None:
     """The fused passes equal the separate calls, on the transform and on its ``.inv``.
 
     Parameters
@@ -106,20 +121,23 @@ def check_fused(transform: Any, x: Tensor, tolerance: float = 1e-8) -> None:
     transform
         A transform with ``call_and_ladj`` and ``inverse_and_ladj``.
     x
-        Points, used as values of the base and as data.
+        Points of the base; data too, unless they are given.
     tolerance
         Relative; a log-determinant may come from the other direction and carry its rounding.
+    data
+        Data, where they live on a support of their own.
     """
+    data = x if data is None else data
     y, forward_ladj = transform.call_and_ladj(x)
-    z, inverse_ladj = transform.inverse_and_ladj(x)
+    z, inverse_ladj = transform.inverse_and_ladj(data)
     separate = transform.log_abs_det_jacobian
     for what, got, expected in (
         ("call", transform(x), y),
-        ("inverse", transform.inv(x), z),
+        ("inverse", transform.inv(data), z),
         ("log_abs_det_jacobian at x", separate(x, y), forward_ladj),
-        ("log_abs_det_jacobian at z", separate(z, x), -inverse_ladj),
-        ("inv.call_and_ladj, value", transform.inv.call_and_ladj(x)[0], z),
-        ("inv.call_and_ladj, ladj", transform.inv.call_and_ladj(x)[1], inverse_ladj),
+        ("log_abs_det_jacobian at z", separate(z, data), -inverse_ladj),
+        ("inv.call_and_ladj, value", transform.inv.call_and_ladj(data)[0], z),
+        ("inv.call_and_ladj, ladj", transform.inv.call_and_ladj(data)[1], inverse_ladj),
         ("inv.inverse_and_ladj, value", transform.inv.inverse_and_ladj(x)[0], y),
         ("inv.inverse_and_ladj, ladj", transform.inv.inverse_and_ladj(x)[1], forward_ladj),
     ):

@@ -1,0 +1,8 @@
+"""Base distributions."""
+
+from __future__ import annotations
+
+from tests.cases.table import Case
+
+CASES: list[Case] = []
+ELSEWHERE: dict[str, str] = {}

@@ -1,0 +1,8 @@
+"""Continuous flows and the causal transformer."""
+
+from __future__ import annotations
+
+from tests.cases.table import Case
+
+CASES: list[Case] = []
+ELSEWHERE: dict[str, str] = {}

@@ -1,0 +1,8 @@
+"""Planar, radial, Sylvester, residual and block autoregressive flows."""
+
+from __future__ import annotations
+
+from tests.cases.table import Case
+
+CASES: list[Case] = []
+ELSEWHERE: dict[str, str] = {}

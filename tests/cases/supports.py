@@ -1,0 +1,8 @@
+"""Flows on constrained supports, foreign bijections, discrete data."""
+
+from __future__ import annotations
+
+from tests.cases.table import Case
+
+CASES: list[Case] = []
+ELSEWHERE: dict[str, str] = {}
