@@ -9,6 +9,7 @@ from pyroflows.transforms.base import (
     inverse_and_ladj,
 )
 from pyroflows.transforms.coupling import CouplingTransform
+from pyroflows.transforms.elementwise import ElementwiseTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
     LUTransform,
@@ -32,6 +33,7 @@ __all__ = [
     "ComposedTransform",
     "CouplingTransform",
     "DiagonalAffineTransform",
+    "ElementwiseTransform",
     "InverseTransform",
     "LUTransform",
     "PermutationTransform",
