@@ -20,6 +20,10 @@ class ContextError(ValueError):
     """A context that is missing, or given to a flow that has none."""
 
 
+class InversionError(RuntimeError):
+    """An inverse without closed form that was not found to the tolerance asked for."""
+
+
 class FitError(RuntimeError):
     """A fit whose loss stopped being finite."""
 

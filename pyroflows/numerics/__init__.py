@@ -1,18 +1,24 @@
 """Pure functions on tensors."""
 
 from pyroflows.numerics.bounded import bounded_exp, soft_clamp
+from pyroflows.numerics.concrete import has_values
 from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
 from pyroflows.numerics.rng import forked_rng
+from pyroflows.numerics.roots import increasing_root
 from pyroflows.numerics.splines import rational_quadratic_spline
 from pyroflows.numerics.sums import sum_rightmost
+from pyroflows.numerics.tails import straight_tails
 
 __all__ = [
     "autoregressive_mask",
     "binary_code",
     "bounded_exp",
     "forked_rng",
+    "has_values",
     "hidden_degrees",
+    "increasing_root",
     "rational_quadratic_spline",
     "soft_clamp",
+    "straight_tails",
     "sum_rightmost",
 ]

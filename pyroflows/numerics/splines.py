@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,16 +28,125 @@ def _knots(raw: Tensor, bound: float) -> Tensor:
     return torch.cat([-edge, inner, edge])
 
 
-def _to_batch(raw: Tensor, shape: torch.Size) -> Tensor:
-    """Parameters of each point: ``(bins, ...)`` to ``(bins, *shape)``, bins staying in front."""
-    if raw.shape[1:] == shape:
-        return raw
-    missing = (1,) * (len(shape) + 1 - raw.dim())
-    return raw.reshape(raw.shape[0], *missing, *raw.shape[1:]).expand(-1, *shape)
+def knot_slopes(slopes: Tensor, like: Tensor, periodic: bool = False) -> Tensor:
+    """Slopes at all knots from raw logarithms; at the two ends one, or where periodic the first."""
+    inner = bounded_exp(slopes, LOG_SLOPE)
+    edge = inner[:1] if periodic else torch.ones_like(like[:1])
+    return torch.cat([inner, edge]) if periodic else torch.cat([edge, inner, edge])
 
 
-def _at_bin(values: Tensor, index: Tensor) -> Tensor:
-    return values.gather(0, index).squeeze(0)
+class Piece(Protocol):
+    """A monotone curve through the unit square: one bin of a spline, for each point its own."""
+
+    def rise(self, xi: Tensor) -> Tensor:
+        """The relative height at a relative width."""
+        ...
+
+    def run(self, eta: Tensor) -> Tensor:
+        """The relative width at a relative height."""
+        ...
+
+    def log_slope(self, xi: Tensor) -> Tensor:
+        """Logarithm of the slope at a relative width, in units of the plane."""
+        ...
+
+
+class Bins:
+    """The bin that each point falls into, of a spline on ``[-bound, bound]``.
+
+    Parameters
+    ----------
+    x
+        Points, shape ``(...)``; heights where ``inverse``.
+    widths, heights
+        Raw bin sizes, ``(bins, ...)``.
+    bound
+        Half-width of the box.
+    inverse
+        Whether the points are heights.
+    """
+
+    def __init__(
+        self, x: Tensor, widths: Tensor, heights: Tensor, bound: float, inverse: bool
+    ) -> None:
+        self.shape = torch.broadcast_shapes(x.shape, widths.shape[1:])
+        self.x = x = x.expand(self.shape)
+        self.inverse = inverse
+        # Points outside are evaluated at the edge and replaced at the end: their gradients stay
+        # finite.
+        self.inside = x.abs() < bound
+        point = x.clamp(-bound, bound)
+        knots_x, knots_y = (_knots(self._to_batch(sizes), bound) for sizes in (widths, heights))
+        self.index = (point >= (knots_y if inverse else knots_x)[1:-1]).sum(0, keepdim=True)
+        self.left, right = self.ends(knots_x)
+        self.bottom, top = self.ends(knots_y)
+        self.width, self.height = right - self.left, top - self.bottom
+        self.mean_slope = self.height / self.width
+        self.relative = (
+            (point - self.bottom) / self.height if inverse else (point - self.left) / self.width
+        )
+
+    def _to_batch(self, raw: Tensor) -> Tensor:
+        """``(count, ...)`` to ``(count, *shape)``, the count staying in front."""
+        if raw.shape[1:] == self.shape:
+            return raw
+        missing = (1,) * (len(self.shape) + 1 - raw.dim())
+        return raw.reshape(raw.shape[0], *missing, *raw.shape[1:]).expand(-1, *self.shape)
+
+    def own(self, values: Tensor) -> Tensor:
+        """Of numbers ``(bins, ...)``, one a bin, those of each point's bin."""
+        return self._to_batch(values).gather(0, self.index).squeeze(0)
+
+    def ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of numbers ``(bins + 1, ...)``, one a knot, those at both ends of each point's bin."""
+        values = self._to_batch(values)
+        return tuple(values.gather(0, self.index + i).squeeze(0) for i in (0, 1))  # type: ignore[return-value]
+
+    def map(self, piece: Piece) -> tuple[Tensor, Tensor]:
+        """Values and log-derivatives (of the inverse where the points are heights)."""
+        xi = piece.run(self.relative) if self.inverse else self.relative
+        log_slope = piece.log_slope(xi)
+        if self.inverse:
+            value, log_slope = self.left + self.width * xi, -log_slope
+        else:
+            value = self.bottom + self.height * piece.rise(xi)
+        # A NaN is not inside: it comes back as the value itself, and as the log-derivative.
+        outside = torch.where(self.x.isnan(), self.x, torch.zeros_like(self.x))
+        return (
+            torch.where(self.inside, value, self.x),
+            torch.where(self.inside, log_slope, outside),
+        )
+
+
+class _Quadratic:
+    r"""Rational-quadratic: :math:`\eta = [s\xi^2 + \delta_0\xi(1-\xi)] / [s + b\,\xi(1-\xi)]`."""
+
+    def __init__(self, slope_left: Tensor, slope_right: Tensor, mean_slope: Tensor) -> None:
+        self.slope_left, self.slope_right, self.mean_slope = slope_left, slope_right, mean_slope
+        self.bend = slope_left + slope_right - 2 * mean_slope
+
+    def rise(self, xi: Tensor) -> Tensor:
+        both = xi * (1 - xi)
+        numerator = self.mean_slope * xi**2 + self.slope_left * both
+        return numerator / (self.mean_slope + self.bend * both)
+
+    def log_slope(self, xi: Tensor) -> Tensor:
+        both = xi * (1 - xi)
+        denominator = self.mean_slope + self.bend * both
+        # Every summand is positive, so the logarithm is finite.
+        numerator = (
+            self.slope_right * xi**2 + 2 * self.mean_slope * both + self.slope_left * (1 - xi) ** 2
+        )
+        return 2 * (self.mean_slope / denominator).log() + numerator.log()
+
+    def run(self, eta: Tensor) -> Tensor:
+        b = self.slope_left - eta * self.bend
+        a = self.mean_slope - b
+        c = self.mean_slope * eta
+        # Two forms of the one root, each free of cancellation for its sign of b.
+        rising = b >= 0
+        q = b.abs() + (b**2 + 4 * a * c).clamp_min(0).sqrt()
+        return torch.where(rising, 2 * c / q, q / (2 * torch.where(rising, torch.ones_like(a), a)))
 
 
 def rational_quadratic_spline(
@@ -46,6 +156,7 @@ def rational_quadratic_spline(
     slopes: Tensor,
     bound: float,
     inverse: bool = False,
+    periodic: bool = False,
 ) -> tuple[Tensor, Tensor]:
     r"""Monotone rational-quadratic spline on a box, the identity outside of it.
 
@@ -67,11 +178,15 @@ def rational_quadratic_spline(
     widths, heights
         Raw bin sizes (before a softmax), shape ``(bins, ...)``: bins lead.
     slopes
-        Raw logarithms of the inner knot slopes, shape ``(bins - 1, ...)``.
+        Raw logarithms of the inner knot slopes, shape ``(bins - 1, ...)``; where ``periodic`` of
+        the slopes at the left ends of all bins, ``(bins, ...)``.
     bound
         Half-width of the box, in units of ``x``.
     inverse
         Whether to evaluate the inverse map.
+    periodic
+        Whether the box is a circle, whose ends meet with one slope. Outside it is still the
+        identity.
 
     Returns
     -------
@@ -81,7 +196,8 @@ def rational_quadratic_spline(
 
     References
     ----------
-    Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019.
+    Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019; Rezende et al.,
+    "Normalizing flows on tori and spheres", ICML 2020 (periodic).
 
     Examples
     --------
@@ -89,51 +205,6 @@ def rational_quadratic_spline(
     >>> rational_quadratic_spline(torch.tensor([-9.0, 0.75, 2.25]), raw, raw, raw[1:], bound=3.0)
     (tensor([-9.0000,  0.7500,  2.2500]), tensor([0., 0., 0.]))
     """
-    shape = torch.broadcast_shapes(x.shape, widths.shape[1:])
-    x = x.expand(shape)
-    widths, heights, slopes = (_to_batch(p, shape) for p in (widths, heights, slopes))
-    knots_x, knots_y = _knots(widths, bound), _knots(heights, bound)
-    one = torch.ones_like(slopes[:1]) if len(slopes) else torch.ones_like(widths[:1])
-    knot_slopes = torch.cat([one, bounded_exp(slopes, LOG_SLOPE), one])
-
-    # Points outside are evaluated at the edge and replaced at the end: their gradients stay finite.
-    inside = x.abs() < bound
-    point = x.clamp(-bound, bound)
-    inner_knots = (knots_y if inverse else knots_x)[1:-1]
-    index = (point >= inner_knots).sum(0, keepdim=True)
-
-    left, bottom = _at_bin(knots_x, index), _at_bin(knots_y, index)
-    width = _at_bin(knots_x, index + 1) - left
-    height = _at_bin(knots_y, index + 1) - bottom
-    slope_left, slope_right = _at_bin(knot_slopes, index), _at_bin(knot_slopes, index + 1)
-    mean_slope = height / width
-    bend = slope_left + slope_right - 2 * mean_slope
-
-    if inverse:
-        xi = _solve_bin((point - bottom) / height, slope_left, mean_slope, bend)
-        value = left + width * xi
-    else:
-        xi = (point - left) / width
-    both = xi * (1 - xi)
-    denominator = mean_slope + bend * both
-    if not inverse:
-        value = bottom + height * (mean_slope * xi**2 + slope_left * both) / denominator
-    # Every summand is positive, so the logarithm is finite.
-    numerator = slope_right * xi**2 + 2 * mean_slope * both + slope_left * (1 - xi) ** 2
-    log_slope = 2 * (mean_slope / denominator).log() + numerator.log()
-    if inverse:
-        log_slope = -log_slope
-    # A NaN is not inside: it comes back as the value itself, and as the log-derivative.
-    outside = torch.where(x.isnan(), x, torch.zeros_like(x))
-    return torch.where(inside, value, x), torch.where(inside, log_slope, outside)
-
-
-def _solve_bin(eta: Tensor, slope_left: Tensor, mean_slope: Tensor, bend: Tensor) -> Tensor:
-    r"""The root :math:`\xi \in [0, 1]` of the bin's quadratic, for relative height ``eta``."""
-    b = slope_left - eta * bend
-    a = mean_slope - b
-    c = mean_slope * eta
-    # Two forms of the one root, each free of cancellation for its sign of b.
-    rising = b >= 0
-    q = b.abs() + (b**2 + 4 * a * c).clamp_min(0).sqrt()
-    return torch.where(rising, 2 * c / q, q / (2 * torch.where(rising, torch.ones_like(a), a)))
+    bins = Bins(x, widths, heights, bound, inverse)
+    ends = bins.ends(knot_slopes(slopes, widths, periodic))
+    return bins.map(_Quadratic(*ends, bins.mean_slope))

@@ -10,10 +10,17 @@ from pyroflows.transforms.base import (
 )
 from pyroflows.transforms.coupling import CouplingTransform
 from pyroflows.transforms.elementwise import ElementwiseTransform
+from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
     LUTransform,
     PermutationTransform,
+)
+from pyroflows.transforms.supports import (
+    ColumnsTransform,
+    IntervalTransform,
+    StickBreakingTransform,
+    to_support,
 )
 from pyroflows.transforms.univariate import (
     Additive,
@@ -30,18 +37,23 @@ __all__ = [
     "Affine",
     "AffineTransform",
     "AutoregressiveTransform",
+    "ColumnsTransform",
     "ComposedTransform",
     "CouplingTransform",
     "DiagonalAffineTransform",
     "ElementwiseTransform",
+    "IncreasingTransform",
+    "IntervalTransform",
     "InverseTransform",
     "LUTransform",
     "PermutationTransform",
     "RationalQuadratic",
     "RationalQuadraticTransform",
     "ShiftTransform",
+    "StickBreakingTransform",
     "Transform",
     "Univariate",
     "call_and_ladj",
     "inverse_and_ladj",
+    "to_support",
 ]

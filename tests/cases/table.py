@@ -150,7 +150,7 @@ SMALL = {"hidden_features": (16, 16)}
 
 
 def held(name: str, make: Callable[..., Any], *shapes: Sequence[int], **traits: Any) -> Case:
-    covers = (f"transforms.{make.__name__}",) if isinstance(make, type) else traits.pop("covers")
+    covers = traits.pop("covers", None) or (f"transforms.{make.__name__}",)
     return Case(name, "transform", partial(Held, make, *shapes), covers, (3,), **traits)
 
 
