@@ -3,6 +3,8 @@
 from pyroflows.numerics.bounded import bounded_exp, soft_clamp
 from pyroflows.numerics.concrete import has_values
 from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
+from pyroflows.numerics.ode import integrate
+from pyroflows.numerics.rational import linear_rational_spline
 from pyroflows.numerics.rng import forked_rng
 from pyroflows.numerics.roots import increasing_root
 from pyroflows.numerics.splines import rational_quadratic_spline
@@ -17,6 +19,8 @@ __all__ = [
     "has_values",
     "hidden_degrees",
     "increasing_root",
+    "integrate",
+    "linear_rational_spline",
     "rational_quadratic_spline",
     "soft_clamp",
     "straight_tails",

@@ -72,19 +72,18 @@ class Bins:
         self.shape = torch.broadcast_shapes(x.shape, widths.shape[1:])
         self.x = x = x.expand(self.shape)
         self.inverse = inverse
-        # Points outside are evaluated at the edge and replaced at the end: their gradients stay
-        # finite.
-        self.inside = x.abs() < bound
+        # Points outside are evaluated at the edge and replaced at the end, with finite gradients.
+        self.inside = x.abs() <= bound
         point = x.clamp(-bound, bound)
-        knots_x, knots_y = (_knots(self._to_batch(sizes), bound) for sizes in (widths, heights))
-        self.index = (point >= (knots_y if inverse else knots_x)[1:-1]).sum(0, keepdim=True)
+        knots_x, knots_y = _knots(widths, bound), _knots(heights, bound)
+        inner_knots = self._to_batch((knots_y if inverse else knots_x)[1:-1])
+        self.index = (point >= inner_knots).sum(0, keepdim=True)
         self.left, right = self.ends(knots_x)
         self.bottom, top = self.ends(knots_y)
         self.width, self.height = right - self.left, top - self.bottom
         self.mean_slope = self.height / self.width
-        self.relative = (
-            (point - self.bottom) / self.height if inverse else (point - self.left) / self.width
-        )
+        start, size = (self.bottom, self.height) if inverse else (self.left, self.width)
+        self.relative = (point - start) / size
 
     def _to_batch(self, raw: Tensor) -> Tensor:
         """``(count, ...)`` to ``(count, *shape)``, the count staying in front."""
@@ -100,7 +99,8 @@ class Bins:
     def ends(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Of numbers ``(bins + 1, ...)``, one a knot, those at both ends of each point's bin."""
         values = self._to_batch(values)
-        return tuple(values.gather(0, self.index + i).squeeze(0) for i in (0, 1))  # type: ignore[return-value]
+        start, stop = (values.gather(0, self.index + i).squeeze(0) for i in (0, 1))
+        return start, stop
 
     def map(self, piece: Piece) -> tuple[Tensor, Tensor]:
         """Values and log-derivatives (of the inverse where the points are heights)."""

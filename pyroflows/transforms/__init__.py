@@ -8,13 +8,25 @@ from pyroflows.transforms.base import (
     call_and_ladj,
     inverse_and_ladj,
 )
+from pyroflows.transforms.continuous import ContinuousTransform
 from pyroflows.transforms.coupling import CouplingTransform
 from pyroflows.transforms.elementwise import ElementwiseTransform
 from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
     LUTransform,
+    MatrixExponentialTransform,
     PermutationTransform,
+    PixelwiseTransform,
+)
+from pyroflows.transforms.orthogonal import HouseholderTransform, OrthogonalTransform
+from pyroflows.transforms.splines import (
+    CircularRationalQuadratic,
+    CircularRationalQuadraticTransform,
+    LinearRational,
+    LinearRationalTransform,
+    RationalQuadratic,
+    RationalQuadraticTransform,
 )
 from pyroflows.transforms.supports import (
     ColumnsTransform,
@@ -26,8 +38,6 @@ from pyroflows.transforms.univariate import (
     Additive,
     Affine,
     AffineTransform,
-    RationalQuadratic,
-    RationalQuadraticTransform,
     ShiftTransform,
     Univariate,
 )
@@ -37,16 +47,25 @@ __all__ = [
     "Affine",
     "AffineTransform",
     "AutoregressiveTransform",
+    "CircularRationalQuadratic",
+    "CircularRationalQuadraticTransform",
     "ColumnsTransform",
     "ComposedTransform",
+    "ContinuousTransform",
     "CouplingTransform",
     "DiagonalAffineTransform",
     "ElementwiseTransform",
+    "HouseholderTransform",
     "IncreasingTransform",
     "IntervalTransform",
     "InverseTransform",
     "LUTransform",
+    "LinearRational",
+    "LinearRationalTransform",
+    "MatrixExponentialTransform",
+    "OrthogonalTransform",
     "PermutationTransform",
+    "PixelwiseTransform",
     "RationalQuadratic",
     "RationalQuadraticTransform",
     "ShiftTransform",

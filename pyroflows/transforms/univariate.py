@@ -1,8 +1,8 @@
 """Scalar bijections whose parameters a conditioner gives, and the recipes that name them.
 
-A *recipe* (`Additive`, `Affine`, `RationalQuadratic`) knows how many raw parameters a feature needs
-and turns a tensor of shape ``(count, *batch, features)`` into an elementwise transform. Raw
-parameters of zero always give the identity.
+A *recipe* (`Additive`, `Affine`, and the splines beside this module) knows how many raw parameters
+a feature needs and turns a tensor of shape ``(count, *batch, features)`` into an elementwise
+transform. Raw parameters of zero always give the identity.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from pyroflows.numerics import rational_quadratic_spline, soft_clamp
+from pyroflows.numerics import soft_clamp
 from pyroflows.transforms.base import Transform
 
 
@@ -61,39 +61,6 @@ class AffineTransform(Transform):
         return x, -self.log_scale.expand(x.shape)
 
 
-class RationalQuadraticTransform(Transform):
-    """Monotone rational-quadratic spline on ``[-bound, bound]``, the identity outside.
-
-    Parameters
-    ----------
-    widths, heights
-        Raw bin sizes, shape ``(bins, ...)``.
-    slopes
-        Raw logarithms of the inner slopes, shape ``(bins - 1, ...)``.
-    bound
-        Half-width of the box.
-
-    References
-    ----------
-    Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019.
-    """
-
-    def __init__(self, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float) -> None:
-        super().__init__()
-        self.widths = widths
-        self.heights = heights
-        self.slopes = slopes
-        self.bound = bound
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(x, self.widths, self.heights, self.slopes, self.bound)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(
-            y, self.widths, self.heights, self.slopes, self.bound, inverse=True
-        )
-
-
 class Univariate(Protocol):
     """What a coupling or autoregressive layer asks of a univariate recipe."""
 
@@ -138,34 +105,3 @@ class Affine:
 
     def __call__(self, params: Tensor) -> AffineTransform:
         return AffineTransform(params[0], soft_clamp(params[1], self.max_log_scale))
-
-
-@dataclass(frozen=True)
-class RationalQuadratic:
-    """Recipe of a rational-quadratic spline, ``3 bins - 1`` raw parameters per feature.
-
-    Parameters
-    ----------
-    bins
-        Number of bins.
-    bound
-        Half-width of the box; 5 covers standardised data, and the tails are the identity.
-    """
-
-    bins: int = 8
-    bound: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.bins < 1 or self.bound <= 0:
-            raise ValueError(
-                f"expected at least one bin and a positive bound, got bins={self.bins}, "
-                f"bound={self.bound}"
-            )
-
-    @property
-    def count(self) -> int:
-        return 3 * self.bins - 1
-
-    def __call__(self, params: Tensor) -> RationalQuadraticTransform:
-        widths, heights, slopes = params.split([self.bins, self.bins, self.bins - 1])
-        return RationalQuadraticTransform(widths, heights, slopes, self.bound)
