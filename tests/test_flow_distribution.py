@@ -389,7 +389,7 @@ def test_one_feature(recipe: Any, options: dict[str, Any]) -> None:
         (ValueError, "context >= 0", lambda f, g: pf.MAF(2, -1)),
         (
             ValueError,
-            "mixing: expected 'lu' or None, got 'qr'",
+            "mixing: expected 'lu', 'orthogonal', 'householder', 'permutation' or None, got 'qr'",
             lambda f, g: pf.MAF(2, mixing="qr"),
         ),
         (ValueError, "bins=0", lambda f, g: pf.NSF(2, bins=0)),

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
 
-from pyroflows.layers import ActNorm, Layer, LULinear
+from pyroflows.layers import (
+    ActNorm,
+    Householder,
+    Layer,
+    LULinear,
+    OrthogonalLinear,
+    Permutation,
+    ToSupport,
+)
 
-Mixing: TypeAlias = Literal["lu"] | None
+#: A learned dense affine map, a learned rotation (by its Cayley transform, or by reflections), a
+#: fixed random permutation, or nothing.
+Mixing: TypeAlias = Literal["lu", "orthogonal", "householder", "permutation"] | None
+
+MIXINGS: dict[str | None, Callable[[int], Layer]] = {
+    "lu": LULinear,
+    "orthogonal": OrthogonalLinear,
+    "householder": Householder,
+    "permutation": Permutation.random,
+}
 
 
 def mixed(layers: Iterable[Layer], features: int, mixing: Mixing, act_norm: bool) -> list[Layer]:
     """Each layer followed, towards the data, by its mixing and its normalisation."""
-    if mixing not in ("lu", None):
-        raise ValueError(f"mixing: expected 'lu' or None, got {mixing!r}")
+    if mixing is not None and mixing not in MIXINGS:
+        names = ", ".join(map(repr, MIXINGS))
+        raise ValueError(f"mixing: expected {names} or None, got {mixing!r}")
     stack: list[Layer] = []
     for layer in layers:
         stack.append(layer)
-        if mixing == "lu":
-            stack.append(LULinear(features))
+        if mixing is not None:
+            stack.append(MIXINGS[mixing](features))
         if act_norm:
             stack.append(ActNorm(features))
     return stack
+
+
+def inner_features(features: int, support: Any) -> int:
+    """Size of the base's event, for data of ``features`` numbers on a support."""
+    return features if support is None else ToSupport(support)().inverse_shape((features,))[-1]

@@ -1,17 +1,38 @@
 """Learnable layers: modules that build a transform, given a context."""
 
 from pyroflows.layers.base import Layer
+from pyroflows.layers.composition import Bijection, Inverse, Sequential, ToSupport
 from pyroflows.layers.conditioned import AutoregressiveLayer, CouplingLayer
+from pyroflows.layers.continuous import ContinuousLayer
 from pyroflows.layers.elementwise import ElementwiseLayer
-from pyroflows.layers.linear import ActNorm, LULinear, Permutation, Standardization
+from pyroflows.layers.linear import (
+    ActNorm,
+    InvertibleConv1x1,
+    LearnedPermutation,
+    LULinear,
+    MatrixExponential,
+    Permutation,
+    Standardization,
+)
+from pyroflows.layers.orthogonal import Householder, OrthogonalLinear
 
 __all__ = [
     "ActNorm",
     "AutoregressiveLayer",
+    "Bijection",
+    "ContinuousLayer",
     "CouplingLayer",
     "ElementwiseLayer",
+    "Householder",
+    "Inverse",
+    "InvertibleConv1x1",
     "LULinear",
     "Layer",
+    "LearnedPermutation",
+    "MatrixExponential",
+    "OrthogonalLinear",
     "Permutation",
+    "Sequential",
     "Standardization",
+    "ToSupport",
 ]

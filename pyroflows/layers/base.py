@@ -19,6 +19,12 @@ class Layer(RecordedModule):
         """The layer's transform under this context."""
         raise NotImplementedError(f"{type(self).__name__} does not implement forward(context)")
 
+    def initialize_(self, y: Tensor) -> None:
+        """Initialise what depends on data; the fit functions call it once, on the data's side.
+
+        Most layers have nothing to initialise.
+        """
+
 
 def check_sizes(features: int, context: int) -> None:
     """Raise `ValueError` unless there is a feature, and no negative context."""

@@ -1,4 +1,4 @@
-"""Linear maps of a vector event: permutation, elementwise affine, LU."""
+"""Linear maps: permutation, elementwise affine, LU, matrix exponential, pixelwise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.numerics import sum_rightmost
-from pyroflows.transforms.base import Transform
+from pyroflows.transforms.base import Transform, call_and_ladj, inverse_and_ladj
 from pyroflows.transforms.univariate import AffineTransform
 
 
@@ -101,3 +101,81 @@ class LUTransform(Transform):
         rhs = torch.linalg.solve_triangular(lower.mT, rhs, upper=True, left=False)
         x = torch.linalg.solve_triangular(upper.mT, rhs, upper=False, left=False)
         return x.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[:-1])
+
+
+class MatrixExponentialTransform(Transform):
+    r"""Dense affine map by the exponential of a matrix, :math:`y = e^{W} x + b`.
+
+    ``log|det|`` is the trace of :math:`W`, and the inverse matrix is :math:`e^{-W}`. Each direction
+    costs one matrix exponential, some ten products of matrices, and one product with the values.
+
+    Parameters
+    ----------
+    weight, bias
+        :math:`W` and :math:`b`, shapes ``(features, features)`` and ``(features,)``.
+
+    References
+    ----------
+    Hoogeboom, Garcia Satorras, Tomczak and Welling, "The convolution exponential and generalized
+    Sylvester flows", NeurIPS 2020; Xiao and Liu, "Generative flows with matrix exponential",
+    ICML 2020.
+
+    Examples
+    --------
+    >>> turn = MatrixExponentialTransform(torch.tensor([[0.0, -1.0], [1.0, 0.0]]), torch.zeros(2))
+    >>> turn(torch.tensor([1.0, 0.0]))
+    tensor([0.5403, 0.8415])
+    """
+
+    domain = constraints.real_vector
+    codomain = constraints.real_vector
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x @ torch.linalg.matrix_exp(self.weight).mT + self.bias
+        return y, self.weight.trace().expand(y.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = (y - self.bias) @ torch.linalg.matrix_exp(-self.weight).mT
+        return x, -self.weight.trace().expand(x.shape[:-1])
+
+
+class PixelwiseTransform(Transform):
+    """A map of the channels, applied at every pixel of an image ``(channels, height, width)``.
+
+    With a linear map it is a 1x1 convolution. Log-determinants add up over the pixels.
+
+    Parameters
+    ----------
+    transform
+        Map of a vector of the channels.
+
+    Examples
+    --------
+    >>> swap = PixelwiseTransform(PermutationTransform(torch.tensor([1, 0])))
+    >>> swap(torch.arange(4.0).reshape(2, 1, 2))
+    tensor([[[2., 3.]],
+    <BLANKLINE>
+            [[0., 1.]]])
+    """
+
+    domain = constraints.independent(constraints.real, 3)
+    codomain = domain
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        self.transform = transform
+        self.sequential_forward = transform.sequential_forward
+        self.sequential_inverse = transform.sequential_inverse
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, ladj = call_and_ladj(self.transform, x.movedim(-3, -1))
+        return y.movedim(-1, -3), ladj.sum((-2, -1))
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = inverse_and_ladj(self.transform, y.movedim(-3, -1))
+        return x.movedim(-1, -3), ladj.sum((-2, -1))

@@ -2,7 +2,103 @@
 
 from __future__ import annotations
 
-from tests.cases.table import Case
+from typing import Any
 
-CASES: list[Case] = []
+import torch
+from torch import Tensor
+
+import pyroflows as pf
+from pyroflows import layers as pfl
+from pyroflows import transforms as pft
+from tests.cases.table import SMALL, Case, flow, held, layer
+
+
+def rotation(raw: Tensor) -> pft.OrthogonalTransform:
+    return pft.OrthogonalTransform(torch.linalg.matrix_exp(raw - raw.mT))
+
+
+def ordered() -> pfl.LearnedPermutation:
+    """As after a fit: the features that the others explain come last."""
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(200, 4, generator=generator)
+    x[:, 0] += x[:, 1:3].sum(-1)
+    permutation = pfl.LearnedPermutation(4)
+    permutation.initialize_(x)
+    return permutation
+
+
+class Pixels(pfl.Layer):
+    """A nonlinear map of the channels, which the pixelwise transform takes as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.coupling = pfl.CouplingLayer(2, **SMALL)
+
+    def forward(self, context: Tensor | None = None) -> pft.PixelwiseTransform:
+        return pft.PixelwiseTransform(self.coupling(context))
+
+
+def convolution(channels: int) -> Case:
+    return Case(
+        f"conv1x1-{channels}",
+        "layer",
+        lambda: pfl.InvertibleConv1x1(channels),
+        ("layers.InvertibleConv1x1", "transforms.PixelwiseTransform"),
+        (channels, 2, 3),
+    )
+
+
+def mixing(name: str, recipe: Any = pf.NICE, features: int = 3, **options: Any) -> Case:
+    return flow(recipe, features, note=f"{name}-mixing", mixing=name, **options)
+
+
+CASES: list[Case] = [
+    held("householder", pft.HouseholderTransform, (2, 3)),
+    held("orthogonal", rotation, (3, 3), covers=("transforms.OrthogonalTransform",)),
+    held("matrix-exponential", pft.MatrixExponentialTransform, (3, 3), (3,)),
+    *(
+        layer(f"{name}-{n}", make, n)
+        for name, make in (
+            ("householder", pfl.Householder),
+            ("cayley", pfl.OrthogonalLinear),
+            ("matrix-exponential", pfl.MatrixExponential),
+        )
+        for n in (1, 2, 5, 64)
+    ),
+    layer("householder-few", pfl.Householder, 5, reflections=2),
+    *(layer(f"rotation-{n}", pfl.OrthogonalLinear, n, parametrization="exp") for n in (1, 5, 64)),
+    convolution(1),
+    convolution(3),
+    Case("pixelwise-coupling", "layer", Pixels, ("transforms.PixelwiseTransform",), (2, 2, 2)),
+    Case(
+        "image-flow",
+        "flow",
+        lambda: pf.Flow([pfl.InvertibleConv1x1(3), pfl.InvertibleConv1x1(3)], (3, 2, 2)),
+        ("layers.InvertibleConv1x1",),
+        (3, 2, 2),
+    ),
+    Case(
+        "permutation-random",
+        "layer",
+        lambda: pfl.Permutation.random(4),
+        ("layers.Permutation",),
+        (4,),
+        identity=False,
+    ),
+    layer("learned-permutation", pfl.LearnedPermutation),
+    Case(
+        "learned-permutation-set",
+        "layer",
+        ordered,
+        ("layers.LearnedPermutation",),
+        (4,),
+        identity=False,
+    ),
+    mixing("orthogonal"),
+    mixing("householder"),
+    mixing("permutation", identity=False),
+    mixing("orthogonal", pf.NSF, 2),
+    mixing("householder", pf.MAF, 1, slow="forward"),
+    mixing("permutation", pf.RealNVP, 1),
+]
 ELSEWHERE: dict[str, str] = {}
