@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 from pyroflows.distributions import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stack import Mixing, mixed
+from pyroflows.flows.supports import inner_features
 from pyroflows.layers import AutoregressiveLayer, Layer
 from pyroflows.nn.mlp import Activation
 from pyroflows.transforms import Affine, Univariate
@@ -55,12 +56,15 @@ class _AffineAutoregressive(Flow):
         mixing: Mixing = "lu",
         act_norm: bool = False,
         base: Base | None = None,
+        support: Any = None,
     ) -> None:
+        features = inner_features(features, support)
         affine = Affine(max_log_scale)
         layers = autoregressive_layers(
             features, context, transforms, affine, hidden_features, activation, self.one_pass
         )
-        super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)
+        layers = mixed(layers, features, mixing, act_norm)
+        super().__init__(layers, features, context, base, support)
 
 
 class MAF(_AffineAutoregressive):
@@ -86,6 +90,8 @@ class MAF(_AffineAutoregressive):
         Whether an `ActNorm` follows each layer.
     base
         Base distribution; by default the standard normal.
+    support
+        Constraint on the data, or one for each column; see `Flow`.
 
     References
     ----------
@@ -124,6 +130,8 @@ class IAF(_AffineAutoregressive):
         Whether an `ActNorm` follows each layer.
     base
         Base distribution; by default the standard normal.
+    support
+        Constraint on the data, or one for each column; see `Flow`.
 
     References
     ----------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from pyroflows.distributions import Base
 from pyroflows.flows.autoregressive import autoregressive_layers
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stack import Mixing, mixed
+from pyroflows.flows.supports import inner_features
 from pyroflows.layers import ActNorm, CouplingLayer, Layer
 from pyroflows.nn.mlp import Activation
 from pyroflows.numerics import binary_code
@@ -58,6 +60,8 @@ class NICE(Flow):
         Whether an `ActNorm` follows each coupling.
     base
         Base distribution; by default the standard normal.
+    support
+        Constraint on the data, or one for each column; see `Flow`.
 
     References
     ----------
@@ -80,12 +84,14 @@ class NICE(Flow):
         mixing: Mixing = None,
         act_norm: bool = False,
         base: Base | None = None,
+        support: Any = None,
     ) -> None:
+        features = inner_features(features, support)
         layers = coupling_layers(
             features, context, transforms, Additive(), hidden_features, activation
         )
         layers = [*mixed(layers, features, mixing, act_norm), ActNorm(features)]
-        super().__init__(layers, features, context, base)
+        super().__init__(layers, features, context, base, support)
 
 
 class RealNVP(Flow):
@@ -110,6 +116,8 @@ class RealNVP(Flow):
         Whether an `ActNorm` follows each coupling.
     base
         Base distribution; by default the standard normal.
+    support
+        Constraint on the data, or one for each column; see `Flow`.
 
     References
     ----------
@@ -134,10 +142,13 @@ class RealNVP(Flow):
         mixing: Mixing = "lu",
         act_norm: bool = False,
         base: Base | None = None,
+        support: Any = None,
     ) -> None:
+        features = inner_features(features, support)
         affine = Affine(max_log_scale)
         layers = coupling_layers(features, context, transforms, affine, hidden_features, activation)
-        super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)
+        layers = mixed(layers, features, mixing, act_norm)
+        super().__init__(layers, features, context, base, support)
 
 
 class NSF(Flow):
@@ -167,6 +178,8 @@ class NSF(Flow):
         Whether an `ActNorm` follows each layer.
     base
         Base distribution; by default the standard normal.
+    support
+        Constraint on the data, or one for each column; see `Flow`.
 
     References
     ----------
@@ -192,8 +205,11 @@ class NSF(Flow):
         mixing: Mixing = "lu",
         act_norm: bool = False,
         base: Base | None = None,
+        support: Any = None,
     ) -> None:
+        features = inner_features(features, support)
         spline = RationalQuadratic(bins, bound)
         build = autoregressive_layers if autoregressive else coupling_layers
         layers = build(features, context, transforms, spline, hidden_features, activation)
-        super().__init__(mixed(layers, features, mixing, act_norm), features, context, base)
+        layers = mixed(layers, features, mixing, act_norm)
+        super().__init__(layers, features, context, base, support)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform as TorchTransform
 
 from pyroflows.distributions import Base, FlowDistribution, StandardNormal
 from pyroflows.flows.transform import FlowTransform
@@ -23,13 +24,17 @@ class Flow(RecordedModule):
     Parameters
     ----------
     layers
-        Layers from base to data.
+        Layers, and torch or Pyro bijections, from base to data.
     event_shape
-        Shape of the event; an integer for a vector.
+        Shape of the base's event and, but for supports of another size, of the data; an integer
+        for a vector.
     context
         Size of the context (0: none).
     base
         Module that gives the base distribution; by default the standard normal.
+    support
+        Constraint on the data, or a sequence with one for each column; None for the whole space.
+        Values outside have the log density ``-inf``.
 
     Examples
     --------
@@ -41,18 +46,19 @@ class Flow(RecordedModule):
 
     def __init__(
         self,
-        layers: Sequence[Layer],
+        layers: Iterable[Layer | TorchTransform],
         event_shape: int | Sequence[int],
         context: int = 0,
         base: Base | None = None,
+        support: Any = None,
     ) -> None:
         super().__init__()
         shape = (event_shape,) if isinstance(event_shape, int) else tuple(event_shape)
-        self.event_shape = torch.Size(shape)
         self.context_size = context
-        self.transform = FlowTransform(layers, shape, context)
+        self.transform = FlowTransform(layers, shape, context, support)
+        self.event_shape = self.transform.forward_shape(shape)
         self.base = StandardNormal(shape) if base is None else base
-        if self.base.event_shape != self.event_shape:
+        if self.base.event_shape != shape:
             raise ValueError(
                 f"base: expected event shape {shape}, got {tuple(self.base.event_shape)}"
             )

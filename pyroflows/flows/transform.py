@@ -9,9 +9,11 @@ import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.distributions import transforms as torch_transforms
 
 from pyroflows.errors import ContextError, check_dtype, check_event
-from pyroflows.layers import ActNorm, Layer, Standardization
+from pyroflows.layers import Layer, Sequential, Standardization, ToSupport
+from pyroflows.layers.composition import as_layer
 from pyroflows.transforms import ComposedTransform, Transform
 
 
@@ -21,27 +23,36 @@ class FlowTransform(Transform, TransformModule):
     It owns the parameters and can stand wherever Pyro takes a transform: in
     ``dist.TransformedDistribution``, in ``AutoNormalizingFlow``. With a context,
     ``condition(context)`` gives the transform. The layers work in standardised units; the buffers
-    of ``standardization`` and ``context_standardization`` lead to the user's.
+    of ``standardization`` and ``context_standardization`` lead to the user's. What leads from real
+    vectors to a support comes after the standardization.
 
     Parameters
     ----------
     layers
-        Layers from base to data.
+        Layers, and torch or Pyro bijections, from base to data.
     event_shape
-        Shape of the event.
+        Shape of the base's event.
     context
         Size of the context (0: none).
+    support
+        Constraint on the data, or a sequence with one for each column; None for the whole space.
     """
 
     def __init__(
-        self, layers: Iterable[Layer], event_shape: Sequence[int], context: int = 0
+        self,
+        layers: Iterable[Layer | torch_transforms.Transform],
+        event_shape: Sequence[int],
+        context: int = 0,
+        support: Any = None,
     ) -> None:
         super().__init__()
         self.event_shape = torch.Size(event_shape)
         self.context_size = context
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(as_layer(layer) for layer in layers)
+        self.to_support = None if support is None else ToSupport(support)
         self.standardization = Standardization(self.event_shape)
         self.context_standardization = Standardization((context,)) if context else None
+        self._place = self._place_of_standardization()
 
     @property
     def domain(self) -> Any:  # type: ignore[override]
@@ -49,7 +60,7 @@ class FlowTransform(Transform, TransformModule):
 
     @property
     def codomain(self) -> Any:  # type: ignore[override]
-        return self.domain
+        return self.condition(self._any_context()).codomain
 
     @property
     def sequential_forward(self) -> bool:  # type: ignore[override]
@@ -81,9 +92,38 @@ class FlowTransform(Transform, TransformModule):
     def condition(self, context: Tensor | None = None) -> ComposedTransform:
         """The transform under a context of shape ``(*batch, context)``, made afresh."""
         self.check_context(context)
+        return ComposedTransform([layer(context) for layer in self._stack()])
+
+    def _steps(self) -> list[Layer]:
+        """All layers from base to data but the standardization, without nesting."""
+        layers = [step for layer in self.layers for step in _flat(layer)]
+        return layers if self.to_support is None else [*layers, self.to_support]
+
+    def _stack(self) -> list[Layer]:
+        steps = self._steps()
+        return [*steps[: self._place], self.standardization, *steps[self._place :]]
+
+    @torch.no_grad()
+    def _place_of_standardization(self) -> int:
+        """Before the first layer that leaves the real vectors."""
+        context = self._any_context()
+        for place, layer in enumerate(self._steps()):
+            if not _is_real(layer(context).codomain):
+                return place
+        return len(self._steps())
+
+    def unconstrain(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Data as the real numbers that ``standardization`` describes."""
+        self.check_context(context)
         context = self._standardized(context)
-        parts = [layer(context) for layer in (*self.layers, self.standardization)]
-        return ComposedTransform(parts)
+        after = [layer(context) for layer in self._steps()[self._place :]]
+        return ComposedTransform(after).inverse_and_ladj(y)[0]
+
+    def forward_shape(self, shape: Iterable[int]) -> torch.Size:
+        return self.condition(self._any_context()).forward_shape(shape)
+
+    def inverse_shape(self, shape: Iterable[int]) -> torch.Size:
+        return self.condition(self._any_context()).inverse_shape(shape)
 
     def _standardized(self, context: Tensor | None) -> Tensor | None:
         if context is None or self.context_standardization is None:
@@ -101,11 +141,20 @@ class FlowTransform(Transform, TransformModule):
 
     @torch.no_grad()
     def initialize_(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Initialise what depends on data (ActNorm), layer by layer from data to base."""
+        """Initialise what depends on data, layer by layer from data to base."""
         self.check_context(context)
         context = self._standardized(context)
-        y = self.standardization().inv(y)
-        for layer in reversed(self.layers):
-            if isinstance(layer, ActNorm):
-                layer.initialize_(y)
+        for layer in reversed(self._stack()):
+            layer.initialize_(y)
             y = layer(context).inv(y)
+
+
+def _flat(layer: Layer) -> list[Layer]:
+    inner = layer.layers if isinstance(layer, Sequential) else []
+    return [step for part in inner for step in _flat(part)] if inner else [layer]
+
+
+def _is_real(constraint: Any) -> bool:
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return isinstance(constraint, type(constraints.real))
