@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -15,7 +15,12 @@ from pyroflows.flows.supports import inner_features
 from pyroflows.layers import ActNorm, CouplingLayer, Layer
 from pyroflows.nn.mlp import Activation
 from pyroflows.numerics import binary_code
-from pyroflows.transforms import Additive, Affine, RationalQuadratic, Univariate
+from pyroflows.transforms import Additive, Affine, LinearRational, RationalQuadratic, Univariate
+
+SPLINES: dict[str, type[RationalQuadratic | LinearRational]] = {
+    "quadratic": RationalQuadratic,
+    "linear": LinearRational,
+}
 
 
 def coupling_layers(
@@ -152,7 +157,7 @@ class RealNVP(Flow):
 
 
 class NSF(Flow):
-    r"""Neural spline flow: rational-quadratic splines in couplings or autoregressively.
+    r"""Neural spline flow: monotone splines in couplings or autoregressively.
 
     As couplings, forward and inverse cost one pass of each of the ``transforms`` networks.
     Autoregressively the inverse (the density) costs one pass and the forward direction goes feature
@@ -170,6 +175,9 @@ class NSF(Flow):
         Bins of each spline.
     bound
         Half-width of the splines' box, in standardised units.
+    spline
+        ``"quadratic"`` for rational-quadratic splines, ``"linear"`` for linear rational ones, which
+        need no square root in the inverse; see `pyroflows.transforms.LinearRational`.
     autoregressive
         Whether every layer maps all features in order, instead of one part given the other.
     mixing
@@ -183,7 +191,8 @@ class NSF(Flow):
 
     References
     ----------
-    Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019.
+    Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019; Dolatabadi,
+    Erfani and Leckie, "Invertible generative modeling using linear rational splines", AISTATS 2020.
 
     Examples
     --------
@@ -201,6 +210,7 @@ class NSF(Flow):
         activation: Activation = nn.SiLU,
         bins: int = 8,
         bound: float = 5.0,
+        spline: Literal["quadratic", "linear"] = "quadratic",
         autoregressive: bool = False,
         mixing: Mixing = "lu",
         act_norm: bool = False,
@@ -208,8 +218,10 @@ class NSF(Flow):
         support: Any = None,
     ) -> None:
         features = inner_features(features, support)
-        spline = RationalQuadratic(bins, bound)
+        if spline not in SPLINES:
+            raise ValueError(f"spline: expected 'quadratic' or 'linear', got {spline!r}")
+        univariate = SPLINES[spline](bins, bound)
         build = autoregressive_layers if autoregressive else coupling_layers
-        layers = build(features, context, transforms, spline, hidden_features, activation)
+        layers = build(features, context, transforms, univariate, hidden_features, activation)
         layers = mixed(layers, features, mixing, act_norm)
         super().__init__(layers, features, context, base, support)
