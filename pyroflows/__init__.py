@@ -13,7 +13,7 @@ from pyroflows import (
 )
 from pyroflows.diagnostics import PSIS, psis, to_arviz
 from pyroflows.distributions import FlowDistribution
-from pyroflows.flows import IAF, MAF, NICE, NSF, Flow, RealNVP
+from pyroflows.flows import CNF, IAF, MAF, NICE, NSF, Flow, RealNVP
 from pyroflows.guides import AutoFlow
 from pyroflows.io import load, save
 from pyroflows.training import fit_mle, fit_svi
@@ -21,6 +21,7 @@ from pyroflows.training import fit_mle, fit_svi
 __version__ = "0.1.0"
 
 __all__ = [
+    "CNF",
     "IAF",
     "MAF",
     "NICE",

@@ -24,6 +24,10 @@ class InversionError(RuntimeError):
     """An inverse without closed form that was not found to the tolerance asked for."""
 
 
+class IntegrationError(RuntimeError):
+    """An ODE that a solver could not follow to its tolerance."""
+
+
 class FitError(RuntimeError):
     """A fit whose loss stopped being finite."""
 

@@ -40,7 +40,7 @@ class Conditioner:
         self.network = network
         self.count = count
         self.context = context
-        self._constants = False
+        self.is_constant = False
 
     def detach_params(self, keep_context: bool = False) -> Conditioner:
         """The same function with the network's parameters and the context as constants."""
@@ -48,11 +48,11 @@ class Conditioner:
         if context is not None and not keep_context:
             context = context.detach()
         detached = Conditioner(self.network, self.count, context)
-        detached._constants = True
+        detached.is_constant = True
         return detached
 
     def _evaluate(self, method: str, x: Tensor) -> Any:
-        if not self._constants:
+        if not self.is_constant:
             return getattr(self.network, method)(x, self.context)
         constants = {
             f"network.{name}": parameter.detach()
