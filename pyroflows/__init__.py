@@ -13,7 +13,18 @@ from pyroflows import (
 )
 from pyroflows.diagnostics import PSIS, psis, to_arviz
 from pyroflows.distributions import FlowDistribution
-from pyroflows.flows import CNF, IAF, MAF, NICE, NSF, Flow, RealNVP
+from pyroflows.flows import (
+    CNF,
+    IAF,
+    MAF,
+    NICE,
+    NSF,
+    Flow,
+    Planar,
+    Radial,
+    RealNVP,
+    Sylvester,
+)
 from pyroflows.guides import AutoFlow
 from pyroflows.io import load, save
 from pyroflows.training import fit_mle, fit_svi
@@ -30,7 +41,10 @@ __all__ = [
     "AutoFlow",
     "Flow",
     "FlowDistribution",
+    "Planar",
+    "Radial",
     "RealNVP",
+    "Sylvester",
     "diagnostics",
     "distributions",
     "fit_mle",

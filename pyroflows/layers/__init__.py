@@ -15,6 +15,7 @@ from pyroflows.layers.linear import (
     Standardization,
 )
 from pyroflows.layers.orthogonal import Householder, OrthogonalLinear
+from pyroflows.layers.planar import PlanarLayer, RadialLayer, SylvesterLayer
 
 __all__ = [
     "ActNorm",
@@ -32,7 +33,10 @@ __all__ = [
     "MatrixExponential",
     "OrthogonalLinear",
     "Permutation",
+    "PlanarLayer",
+    "RadialLayer",
     "Sequential",
     "Standardization",
+    "SylvesterLayer",
     "ToSupport",
 ]

@@ -20,6 +20,12 @@ from pyroflows.transforms.linear import (
     PixelwiseTransform,
 )
 from pyroflows.transforms.orthogonal import HouseholderTransform, OrthogonalTransform
+from pyroflows.transforms.planar import (
+    ConditionalTransform,
+    PlanarTransform,
+    RadialTransform,
+    SylvesterTransform,
+)
 from pyroflows.transforms.splines import (
     CircularRationalQuadratic,
     CircularRationalQuadraticTransform,
@@ -51,6 +57,7 @@ __all__ = [
     "CircularRationalQuadraticTransform",
     "ColumnsTransform",
     "ComposedTransform",
+    "ConditionalTransform",
     "ContinuousTransform",
     "CouplingTransform",
     "DiagonalAffineTransform",
@@ -66,10 +73,13 @@ __all__ = [
     "OrthogonalTransform",
     "PermutationTransform",
     "PixelwiseTransform",
+    "PlanarTransform",
+    "RadialTransform",
     "RationalQuadratic",
     "RationalQuadraticTransform",
     "ShiftTransform",
     "StickBreakingTransform",
+    "SylvesterTransform",
     "Transform",
     "Univariate",
     "call_and_ladj",

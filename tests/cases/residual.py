@@ -2,7 +2,61 @@
 
 from __future__ import annotations
 
-from tests.cases.table import Case
+from typing import Any
 
-CASES: list[Case] = []
+from torch import Tensor
+
+import pyroflows as pf
+from pyroflows import layers as pfl
+from pyroflows import transforms as pft
+from tests.cases.table import SMALL, Case, flow, held, layer
+
+
+def planar(weight: Tensor, scale: Tensor, bias: Tensor) -> Any:
+    return pft.PlanarTransform(weight, scale, bias[0])
+
+
+def radial(center: Tensor, numbers: Tensor) -> Any:
+    return pft.RadialTransform(center, *numbers)
+
+
+def conditional(params: Tensor) -> Any:
+    return pft.ConditionalTransform(lambda p: pft.DiagonalAffineTransform(p, p), params)
+
+
+TRANSFORMS = [
+    held(
+        "planar",
+        planar,
+        *((3,), (3,), (1,)),
+        covers=("transforms.PlanarTransform",),
+        slow="inverse",
+    ),
+    held("radial", radial, (3,), (2,), covers=("transforms.RadialTransform",)),
+    held("sylvester", pft.SylvesterTransform, (2, 3), (2, 2), (2, 2), (2,), slow="inverse"),
+    held("conditional", conditional, (3,), covers=("transforms.ConditionalTransform",)),
+]
+
+LAYERS = [
+    layer("planar", pfl.PlanarLayer, 3, one_pass="forward", slow="inverse"),
+    layer("planar-context-linear", pfl.PlanarLayer, 3, 2, hidden_features=(), slow="forward"),
+    layer("radial", pfl.RadialLayer, 3, one_pass="forward"),
+    layer("radial-1", pfl.RadialLayer, 1),
+    layer("sylvester", pfl.SylvesterLayer, 3, rank=2, one_pass="forward", slow="inverse"),
+    layer("sylvester-context", pfl.SylvesterLayer, 3, 2, rank=1, **SMALL, slow="forward"),
+]
+
+LOW_RANK: list[tuple[type, dict[str, Any]]] = [
+    (pf.Planar, {"slow": "forward"}),
+    (pf.Radial, {}),
+    (pf.Sylvester, {"slow": "forward"}),
+]
+
+FLOWS = [
+    *(flow(recipe, n, **options) for recipe, options in LOW_RANK for n in (1, 2, 5, 64)),
+    *(flow(recipe, n, 3, **options) for recipe, options in LOW_RANK for n in (1, 4)),
+    flow(pf.Planar, 2, note="mixed", mixing="lu", act_norm=True, slow="forward"),
+]
+
+CASES: list[Case] = [*TRANSFORMS, *LAYERS, *FLOWS]
 ELSEWHERE: dict[str, str] = {}
