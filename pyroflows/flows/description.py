@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from pyroflows import distributions, layers, transforms
 from pyroflows.errors import SavedFileError
 from pyroflows.flows.flow import Flow
+from pyroflows.flows.supports import constraint_by_name, name_of_constraint
 from pyroflows.nn import RecordedModule
 from pyroflows.numerics import forked_rng
 
@@ -84,9 +86,8 @@ def encode(value: Any, where: str) -> Any:
     """As JSON; what JSON has no word for becomes an object with one telling key."""
     if isinstance(value, np.generic):
         value = value.item()
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    if isinstance(value, float) and math.isfinite(value):
+    is_finite = isinstance(value, float) and math.isfinite(value)
+    if value is None or isinstance(value, (bool, int, str)) or is_finite:
         return value
     if isinstance(value, list):
         return [encode(item, f"{where}[{i}]") for i, item in enumerate(value)]
@@ -99,6 +100,8 @@ def encode(value: Any, where: str) -> Any:
         args = encode(list(value.args), where)
         kwargs = {key: encode(item, where) for key, item in value.keywords.items()}
         return {**encode(value.func, where), "args": args, "kwargs": kwargs}
+    if isinstance(value, Constraint) and (named := name_of_constraint(value)):
+        return {"constraint": named[0], "arguments": encode(named[1], where)}
     name = getattr(value, "__name__", "")
     if _is_torch_module(value) and getattr(nn, name, None) is value:
         return {"torch.nn": name}
@@ -109,7 +112,8 @@ def encode(value: Any, where: str) -> Any:
         return {"class": name, "arguments": inner}
     raise TypeError(
         f"{where}: expected a finite number, a string, a tensor, a torch.nn class (or a partial of "
-        f"one) or a public class of pyroflows, got {value!r}, which a file cannot describe. "
+        f"one), a constraint or a public class of pyroflows, got {value!r}, which a file cannot "
+        "describe. "
         "torch.save(flow.state_dict(), path) stores the weights of any flow."
     )
 
@@ -129,6 +133,11 @@ def decode(value: Any, where: str) -> Any:
         return _call(torch.tensor, [value["tensor"]], {"dtype": dtype}, where)
     if "torch.nn" in value:
         return _decode_torch(value, where)
+    if "constraint" in value:
+        make = constraint_by_name(field(value, "constraint", str))
+        if make is None:
+            raise SavedFileError(f"{where}: {value['constraint']!r} is no constraint. {DAMAGED}")
+        return _call(make, decode(field(value, "arguments", list), where), {}, where)
     name = field(value, "class", str)
     if name not in _registry():
         raise SavedFileError(

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 from torch.distributions import Transform as TorchTransform
 
-from pyroflows.distributions import Base, FlowDistribution, StandardNormal
+from pyroflows.distributions import Base, DistributionBase, FlowDistribution, StandardNormal
 from pyroflows.flows.transform import FlowTransform
-from pyroflows.layers import Layer
 from pyroflows.nn import RecordedModule
 
 
@@ -24,14 +24,15 @@ class Flow(RecordedModule):
     Parameters
     ----------
     layers
-        Layers, and torch or Pyro bijections, from base to data.
+        Layers, torch and Pyro bijections, lists of these: from base to data.
     event_shape
         Shape of the base's event and, but for supports of another size, of the data; an integer
         for a vector.
     context
         Size of the context (0: none).
     base
-        Module that gives the base distribution; by default the standard normal.
+        Module that gives the base distribution, or a Pyro distribution, which does not train (see
+        `DistributionBase`); by default the standard normal.
     support
         Constraint on the data, or a sequence with one for each column; None for the whole space.
         Values outside have the log density ``-inf``.
@@ -46,10 +47,10 @@ class Flow(RecordedModule):
 
     def __init__(
         self,
-        layers: Iterable[Layer | TorchTransform],
+        layers: Iterable[Any],
         event_shape: int | Sequence[int],
         context: int = 0,
-        base: Base | None = None,
+        base: Base | Distribution | None = None,
         support: Any = None,
     ) -> None:
         super().__init__()
@@ -57,11 +58,17 @@ class Flow(RecordedModule):
         self.context_size = context
         self.transform = FlowTransform(layers, shape, context, support)
         self.event_shape = self.transform.forward_shape(shape)
-        self.base = StandardNormal(shape) if base is None else base
+        base = StandardNormal(shape) if base is None else base
+        self.base: Base = DistributionBase(base) if isinstance(base, Distribution) else base
         if self.base.event_shape != shape:
             raise ValueError(
                 f"base: expected event shape {shape}, got {tuple(self.base.event_shape)}"
             )
+
+    @property
+    def inv(self) -> TorchTransform:
+        """The transform from data to base; ``flow.transform.condition(context).inv`` of another."""
+        return self.transform.inv
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +99,7 @@ class Flow(RecordedModule):
             For a context that is missing, not expected, of another size or dtype.
         """
         transform = self.transform.condition(context)
-        base = self.base(context)
+        base = self.base(self.transform.standardized(context))
         if context is not None:
             base = base.expand(context.shape[:-1])
         return FlowDistribution(base, [transform], module=self, context_is_draw=context_is_draw)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from pyroflows.layers import (
     ActNorm,
@@ -12,7 +12,6 @@ from pyroflows.layers import (
     LULinear,
     OrthogonalLinear,
     Permutation,
-    ToSupport,
 )
 
 #: A learned dense affine map, a learned rotation (by its Cayley transform, or by reflections), a
@@ -40,8 +39,3 @@ def mixed(layers: Iterable[Layer], features: int, mixing: Mixing, act_norm: bool
         if act_norm:
             stack.append(ActNorm(features))
     return stack
-
-
-def inner_features(features: int, support: Any) -> int:
-    """Size of the base's event, for data of ``features`` numbers on a support."""
-    return features if support is None else ToSupport(support)().inverse_shape((features,))[-1]

@@ -9,10 +9,9 @@ import torch
 from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.distributions import transforms as torch_transforms
 
 from pyroflows.errors import ContextError, check_dtype, check_event
-from pyroflows.layers import Layer, Sequential, Standardization, ToSupport
+from pyroflows.layers import Inverse, Layer, Sequential, Standardization, ToSupport
 from pyroflows.layers.composition import as_layer
 from pyroflows.transforms import ComposedTransform, Transform
 
@@ -29,7 +28,7 @@ class FlowTransform(Transform, TransformModule):
     Parameters
     ----------
     layers
-        Layers, and torch or Pyro bijections, from base to data.
+        Layers, torch and Pyro bijections, lists of these: from base to data.
     event_shape
         Shape of the base's event.
     context
@@ -40,7 +39,7 @@ class FlowTransform(Transform, TransformModule):
 
     def __init__(
         self,
-        layers: Iterable[Layer | torch_transforms.Transform],
+        layers: Iterable[Any],
         event_shape: Sequence[int],
         context: int = 0,
         support: Any = None,
@@ -105,17 +104,21 @@ class FlowTransform(Transform, TransformModule):
 
     @torch.no_grad()
     def _place_of_standardization(self) -> int:
-        """Before the first layer that leaves the real vectors."""
-        context = self._any_context()
-        for place, layer in enumerate(self._steps()):
-            if not _is_real(layer(context).codomain):
-                return place
-        return len(self._steps())
+        """Before the first layer that leaves the real vectors; raises where layers do not fit."""
+        context, shape, place = self._any_context(), self.event_shape, None
+        steps = self._steps()
+        for number, layer in enumerate(steps):
+            _check_sizes(layer, shape, self.context_size, f"layer {number}")
+            transform = layer(context)
+            if place is None and not _is_real(transform.codomain):
+                place = number
+            shape = _forward_shape(transform, shape, f"layer {number} ({type(layer).__name__})")
+        return len(steps) if place is None else place
 
     def unconstrain(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Data as the real numbers that ``standardization`` describes."""
         self.check_context(context)
-        context = self._standardized(context)
+        context = self.standardized(context)
         after = [layer(context) for layer in self._steps()[self._place :]]
         return ComposedTransform(after).inverse_and_ladj(y)[0]
 
@@ -125,7 +128,8 @@ class FlowTransform(Transform, TransformModule):
     def inverse_shape(self, shape: Iterable[int]) -> torch.Size:
         return self.condition(self._any_context()).inverse_shape(shape)
 
-    def _standardized(self, context: Tensor | None) -> Tensor | None:
+    def standardized(self, context: Tensor | None) -> Tensor | None:
+        """The context as layers and base get it."""
         if context is None or self.context_standardization is None:
             return context
         return self.context_standardization().inv(context)
@@ -143,18 +147,57 @@ class FlowTransform(Transform, TransformModule):
     def initialize_(self, y: Tensor, context: Tensor | None = None) -> None:
         """Initialise what depends on data, layer by layer from data to base."""
         self.check_context(context)
-        context = self._standardized(context)
+        context = self.standardized(context)
         for layer in reversed(self._stack()):
             layer.initialize_(y)
             y = layer(context).inv(y)
 
 
-def _flat(layer: Layer) -> list[Layer]:
-    inner = layer.layers if isinstance(layer, Sequential) else []
-    return [step for part in inner for step in _flat(part)] if inner else [layer]
+def _flat(layer: Any) -> list[Layer]:
+    if not isinstance(layer, Sequential):
+        return [layer]
+    return [step for part in layer.layers for step in _flat(part)]
 
 
 def _is_real(constraint: Any) -> bool:
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return isinstance(constraint, type(constraints.real))
+
+
+def _check_sizes(layer: Layer, shape: torch.Size, context: int, where: str) -> None:
+    """Raise unless a layer was made for events of this shape and a context of this size."""
+    while isinstance(layer, Inverse):
+        layer = layer.layer
+    where = f"{where} ({type(layer).__name__})"
+    features = layer.arguments.get("features")
+    if isinstance(features, int) and len(shape) == 1 and shape[0] != features:
+        raise ValueError(
+            f"{where}: made for {features} features, but events of shape {tuple(shape)} reach it"
+        )
+    of_layer = layer.arguments.get("context", 0)
+    if isinstance(of_layer, int) and of_layer not in (0, context):
+        raise ValueError(
+            f"{where}: made for a context of size {of_layer}, but the flow's has size {context}"
+        )
+
+
+def _forward_shape(transform: Any, shape: torch.Size, where: str) -> torch.Size:
+    """The shape of the events that leave a transform; raises unless it takes those that come."""
+    needed = transform.domain.event_dim
+    if needed > len(shape):
+        raise ValueError(
+            f"{where}: maps events of {needed} dimensions, but events of shape {tuple(shape)} "
+            "reach it. Give the flow a larger event_shape."
+        )
+    try:
+        mapped = torch.Size(transform.forward_shape(shape))
+        back = torch.Size(transform.inverse_shape(mapped))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{where}: cannot map events of shape {tuple(shape)} ({error})") from error
+    if back != shape:
+        raise ValueError(
+            f"{where}: maps events of shape {tuple(back)}, but events of shape {tuple(shape)} "
+            "reach it"
+        )
+    return mapped

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,18 @@ class Bijection(Layer):
     """Any torch or Pyro bijection as a layer; `Sequential` and `Flow` wrap such by themselves.
 
     A ``TransformModule`` (Pyro's splines, couplings and others) has its parameters trained with the
-    rest; what Pyro's own transform cannot do, such as an inverse that is missing, stays missing.
+    rest. What can be conditioned, such as another flow's ``flow.transform`` and Pyro's conditional
+    transforms, is given the context. A direction that the bijection lacks stays missing.
 
     Parameters
     ----------
     transform
-        The bijection.
+        The bijection, or a module with ``condition(context)`` that gives one.
+
+    Raises
+    ------
+    TypeError
+        If it is neither.
 
     Examples
     --------
@@ -33,15 +40,24 @@ class Bijection(Layer):
     tensor([1., 1.])
     """
 
-    def __init__(self, transform: torch_transforms.Transform) -> None:
+    def __init__(self, transform: Any) -> None:
         super().__init__()
-        if not isinstance(transform, torch_transforms.Transform) or not transform.bijective:
-            raise TypeError(f"transform: expected a torch or Pyro bijection, got {transform!r}")
+        is_transform = isinstance(transform, torch_transforms.Transform) and transform.bijective
+        if not is_transform and not hasattr(transform, "condition"):
+            raise TypeError(
+                f"expected layers and torch or Pyro bijections, got {transform!r:.200}. Of another "
+                "flow, give flow.transform."
+            )
         self.transform = transform
 
     def forward(self, context: Tensor | None = None) -> ComposedTransform:
+        # Pyro's modules remember values of their last call: the copy is thrown away with them.
+        transform = copy.copy(self.transform)
+        if hasattr(transform, "condition"):
+            has_context = getattr(transform, "context_size", True)
+            transform = transform.condition(context if has_context else None)
         # One part, for fused passes.
-        return ComposedTransform([self.transform])
+        return ComposedTransform([transform])
 
 
 class Inverse(Layer):
@@ -74,7 +90,7 @@ class Sequential(Layer):
     Parameters
     ----------
     layers
-        Layers, and torch or Pyro bijections.
+        Layers, torch and Pyro bijections, lists of these.
 
     Examples
     --------
@@ -83,7 +99,7 @@ class Sequential(Layer):
     tensor([2.7183, 2.7183])
     """
 
-    def __init__(self, layers: Iterable[Layer | torch_transforms.Transform]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(as_layer(layer) for layer in layers)
 
@@ -91,9 +107,11 @@ class Sequential(Layer):
         return ComposedTransform([layer(context) for layer in self.layers])
 
 
-def as_layer(layer: Layer | torch_transforms.Transform) -> Layer:
-    """The layer itself, or a foreign bijection as one."""
-    return layer if isinstance(layer, Layer) else Bijection(layer)
+def as_layer(layer: Any) -> Layer:
+    """The layer itself; a foreign bijection, or a list of any of these, as one."""
+    if isinstance(layer, Layer):
+        return layer
+    return Sequential(layer) if isinstance(layer, (list, tuple)) else Bijection(layer)
 
 
 class ToSupport(Layer):
@@ -147,27 +165,22 @@ def _by_columns(support: Any) -> Any:
     """A sequence as ``constraints.stack``, vectors of bounds too, and the rest as it is."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
-    if isinstance(support, Sequence):
-        support = constraints.stack(list(support), -1)
+    if isinstance(support, (list, tuple)):
+        support = constraints.stack(list(map(_by_columns, support)), -1)
     if isinstance(support, constraints.stack):
-        columns = [_by_columns(constraint) for constraint in support.cseq]
-        wrong = [c for c in columns if getattr(c, "event_dim", 1) or c.is_discrete]
-        if support.dim != -1 or wrong:
-            raise ValueError(
-                f"support: expected a scalar, continuous constraint for each column, got {support}"
-            )
-        return constraints.stack(columns, -1)
-    if type(support) in INTERVALS:
-        given = [
-            torch.as_tensor(getattr(support, name), dtype=torch.float64)
-            for name in INTERVALS[type(support)]
-        ]
-        bounds = torch.stack(torch.broadcast_tensors(*given), -1)
-        if bounds.dim() > 2:
-            raise ValueError(f"support: expected bounds that are numbers or vectors, got {support}")
-        if bounds.dim() == 1:
-            return type(support)(*bounds.tolist())
-        return constraints.stack([type(support)(*row) for row in bounds.tolist()], -1)
+        parts = support.cseq
+        if support.dim != -1 or any(part.event_dim for part in parts):
+            raise ValueError(f"support: expected a scalar constraint per column, got {parts}")
+        return support
     if not isinstance(support, constraints.Constraint):
-        raise TypeError(f"support: expected a constraint or a sequence of them, got {support!r}")
-    return support
+        raise TypeError(f"support: expected a constraint or a list of them, got {support!r}")
+    if type(support) not in INTERVALS:
+        return support
+    names = INTERVALS[type(support)]
+    given = [torch.as_tensor(getattr(support, name), dtype=torch.float64) for name in names]
+    bounds = torch.stack(torch.broadcast_tensors(*given), -1)
+    if bounds.dim() > 2:
+        raise ValueError(f"support: expected bounds that are numbers or vectors, got {support}")
+    if bounds.dim() == 1:
+        return type(support)(*bounds.tolist())
+    return constraints.stack([type(support)(*row) for row in bounds.tolist()], -1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pyroflows.errors import DataError, check_event
+from pyroflows.flows.supports import check_support
 
 #: Fewer rows than this cannot be split into training and validation.
 MIN_ROWS = 10
@@ -68,13 +69,13 @@ def warn_about_columns(x: Tensor) -> None:
 
 def minibatches(rows: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
     """Shuffled minibatches without end; a ragged last batch is kept where there is no other."""
-    x, context = rows
+    x = rows[0]
     size = min(batch_size, len(x))
     while True:
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for index in order.split(size):
             if len(index) == size:
-                yield x[index], None if context is None else context[index]
+                yield take(rows, index)
 
 
 class LoaderRows:
@@ -108,6 +109,7 @@ class LoaderRows:
 def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
     """Rows and contexts for a flow, checked, on its device."""
     x = as_rows(f"{prefix}x", x, flow.event_shape, flow.dtype).to(flow.device)
+    check_support(f"{prefix}x", x, flow.transform.codomain)
     if context is None or not flow.context_size:
         # Raises for a context that is missing, or not expected.
         flow.transform.check_context(None if context is None else torch.as_tensor(context))
@@ -119,6 +121,12 @@ def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
             f"{len(context)}"
         )
     return x, context.to(flow.device)
+
+
+def take(rows: Batch, index: Tensor) -> Batch:
+    """Some of the rows, with their contexts."""
+    x, context = rows
+    return x[index], None if context is None else context[index]
 
 
 def location_and_scale(batches: Iterable[Batch], which: int) -> tuple[Tensor, Tensor]:

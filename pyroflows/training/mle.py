@@ -20,6 +20,7 @@ from pyroflows.training.data import (
     location_and_scale,
     minibatches,
     rows_of,
+    take,
     warn_about_columns,
 )
 from pyroflows.training.loop import Loop
@@ -159,20 +160,16 @@ def _prepare(
     if share:
         order = torch.randperm(len(rows[0]), generator=generator).to(flow.device)
         count = min(max(1, round(share * len(order))), len(order) - 1)
-        held_out, rows = _take(rows, order[:count]), _take(rows, order[count:])
+        held_out, rows = take(rows, order[:count]), take(rows, order[count:])
     return [rows], minibatches(rows, batch_size, generator), held_out
-
-
-def _take(rows: Batch, index: torch.Tensor) -> Batch:
-    x, context = rows
-    return x[index], None if context is None else context[index]
 
 
 def _standardize(flow: Flow, train: Any) -> None:
     """Set the flow's buffers from the training rows, where nothing has set them yet."""
     transform = flow.transform
     if transform.standardization.is_identity():
-        transform.standardization.set_(*location_and_scale(train, 0))
+        inner = ((transform.unconstrain(x, context), context) for x, context in train)
+        transform.standardization.set_(*location_and_scale(inner, 0))
     contexts = transform.context_standardization
     if contexts is not None and contexts.is_identity():
         contexts.set_(*location_and_scale(train, 1))
@@ -185,7 +182,7 @@ def _checker(loss: NegativeLogLikelihood, rows: Batch) -> Callable[[], float]:
     def check() -> float:
         total = 0.0
         for index in torch.arange(len(rows[0]), device=rows[0].device).split(CHECK_ROWS):
-            total += len(index) * loss(*_take(rows, index)).item()
+            total += len(index) * loss(*take(rows, index)).item()
         return total / len(rows[0])
 
     return check

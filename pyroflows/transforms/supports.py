@@ -52,9 +52,9 @@ class IntervalTransform(Transform):
         if type(support) not in INTERVALS:
             raise ValueError(f"support: expected an interval of numbers, got {support}")
         self.codomain = support
-        self.lower = getattr(support, "lower_bound", None)
-        self.upper = getattr(support, "upper_bound", None)
-        if self.lower is not None and self.upper is not None and not self.lower < self.upper:
+        self.lower: Any = getattr(support, "lower_bound", None)
+        self.upper: Any = getattr(support, "upper_bound", None)
+        if None not in (self.lower, self.upper) and not self.lower < self.upper:
             raise ValueError(f"support: expected lower < upper, got {support}")
 
     def _kept_inside(self, y: Tensor) -> Tensor:
@@ -139,10 +139,10 @@ class StickBreakingTransform(Transform):
         x = log_y[..., :-1] - left.log()
         return x + self._log_offset(x), (-log_y.sum(-1)).masked_fill(~inside, -math.inf)
 
-    def forward_shape(self, shape: Sequence[int]) -> torch.Size:  # type: ignore[override]
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], shape[-1] + 1))
 
-    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:  # type: ignore[override]
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         return torch.Size((*shape[:-1], shape[-1] - 1))
 
 
@@ -194,6 +194,13 @@ class ColumnsTransform(Transform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         mapped: tuple[Tensor, Tensor] = self._map(inverse_and_ladj, y)
         return mapped
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        if shape[-1] != len(self.order):
+            raise ValueError(f"expected {len(self.order)} columns, got {shape[-1]}")
+        return torch.Size(shape)
+
+    inverse_shape = forward_shape
 
     def detach_params(self, keep_context: bool = False) -> ColumnsTransform:
         parts = [constant(part, keep_context) for part in self.parts]
