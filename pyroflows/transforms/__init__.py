@@ -10,7 +10,14 @@ from pyroflows.transforms.base import (
 )
 from pyroflows.transforms.continuous import ContinuousTransform
 from pyroflows.transforms.coupling import CouplingTransform
-from pyroflows.transforms.elementwise import ElementwiseTransform
+from pyroflows.transforms.elementwise import (
+    AsinhTransform,
+    ElementwiseTransform,
+    LeakyReLUTransform,
+    SignedPowerTransform,
+    SoftplusTransform,
+    TanhTransform,
+)
 from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
@@ -19,12 +26,27 @@ from pyroflows.transforms.linear import (
     PermutationTransform,
     PixelwiseTransform,
 )
+from pyroflows.transforms.mixture import (
+    DeepSigmoidal,
+    MixtureLogistic,
+    MixtureLogisticTransform,
+)
+from pyroflows.transforms.monotonic import (
+    UnconstrainedMonotonic,
+    UnconstrainedMonotonicTransform,
+)
 from pyroflows.transforms.orthogonal import HouseholderTransform, OrthogonalTransform
 from pyroflows.transforms.planar import (
     ConditionalTransform,
     PlanarTransform,
     RadialTransform,
     SylvesterTransform,
+)
+from pyroflows.transforms.polynomials import (
+    Bernstein,
+    BernsteinTransform,
+    SumOfSquares,
+    SumOfSquaresTransform,
 )
 from pyroflows.transforms.splines import (
     CircularRationalQuadratic,
@@ -40,6 +62,7 @@ from pyroflows.transforms.supports import (
     StickBreakingTransform,
     to_support,
 )
+from pyroflows.transforms.tails import HeavyTails, HeavyTailTransform, LOFTTransform
 from pyroflows.transforms.univariate import (
     Additive,
     Affine,
@@ -52,7 +75,10 @@ __all__ = [
     "Additive",
     "Affine",
     "AffineTransform",
+    "AsinhTransform",
     "AutoregressiveTransform",
+    "Bernstein",
+    "BernsteinTransform",
     "CircularRationalQuadratic",
     "CircularRationalQuadraticTransform",
     "ColumnsTransform",
@@ -60,16 +86,23 @@ __all__ = [
     "ConditionalTransform",
     "ContinuousTransform",
     "CouplingTransform",
+    "DeepSigmoidal",
     "DiagonalAffineTransform",
     "ElementwiseTransform",
+    "HeavyTailTransform",
+    "HeavyTails",
     "HouseholderTransform",
     "IncreasingTransform",
     "IntervalTransform",
     "InverseTransform",
+    "LOFTTransform",
     "LUTransform",
+    "LeakyReLUTransform",
     "LinearRational",
     "LinearRationalTransform",
     "MatrixExponentialTransform",
+    "MixtureLogistic",
+    "MixtureLogisticTransform",
     "OrthogonalTransform",
     "PermutationTransform",
     "PixelwiseTransform",
@@ -78,9 +111,16 @@ __all__ = [
     "RationalQuadratic",
     "RationalQuadraticTransform",
     "ShiftTransform",
+    "SignedPowerTransform",
+    "SoftplusTransform",
     "StickBreakingTransform",
+    "SumOfSquares",
+    "SumOfSquaresTransform",
     "SylvesterTransform",
+    "TanhTransform",
     "Transform",
+    "UnconstrainedMonotonic",
+    "UnconstrainedMonotonicTransform",
     "Univariate",
     "call_and_ladj",
     "inverse_and_ladj",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyroflows import layers as pfl
 from pyroflows import transforms as pft
@@ -59,7 +61,50 @@ TRANSFORMS = [
     ),
 ]
 
+# The inverses of these grow exponentially: farther out they leave float32, as they must.
+EXPONENTIAL = {"magnitudes": (10.0,)}
+
+
+def fixed(transform: Any, note: str = "", inverted: bool = False, **traits: Any) -> Case:
+    """A map without parameters, as a layer."""
+    name = type(transform).__name__
+    build = partial(pfl.Inverse if inverted else pfl.Bijection, transform)
+    return Case(
+        name + note, "transform", build, (f"transforms.{name}",), (3,), identity=False, **traits
+    )
+
+
+TRANSFORMS += [
+    # Autodiff's own derivative of tanh loses digits where it is flat.
+    fixed(pft.TanhTransform(), support=constraints.interval(-1.0, 1.0), tolerance=1e-6),
+    # Positive data far out are made by an exponential, which leaves float32.
+    fixed(pft.SoftplusTransform(), support=constraints.positive, magnitudes=(10.0,)),
+    fixed(pft.LeakyReLUTransform(0.1)),
+    fixed(pft.SignedPowerTransform(2.0)),
+    fixed(pft.SignedPowerTransform(0.5), "-root"),
+    fixed(pft.AsinhTransform(), **EXPONENTIAL),
+    fixed(pft.AsinhTransform(), "-inverse", inverted=True),
+    fixed(pft.LOFTTransform(0.5), bound=0.5, **EXPONENTIAL),
+    fixed(pft.LOFTTransform(0.5), "-inverse", inverted=True, bound=0.5),
+    held(
+        "heavy-tails",
+        pft.HeavyTails(),
+        (2, 3),
+        covers=("transforms.HeavyTails", "transforms.HeavyTailTransform"),
+        identity=False,
+    ),
+]
+
 LAYERS = [
+    layer(
+        "heavy-tails-context",
+        pfl.ElementwiseLayer,
+        3,
+        2,
+        univariate=pft.HeavyTails(),
+        **SMALL,
+        identity=False,
+    ),
     layer("elementwise", pfl.ElementwiseLayer),
     layer("elementwise-1", pfl.ElementwiseLayer, 1),
     layer("elementwise-context", pfl.ElementwiseLayer, 3, 2, **SMALL),
