@@ -1,6 +1,27 @@
 """Flows as Pyro distributions, and the bases they start from."""
 
-from pyroflows.distributions.bases import Base, DiagonalNormal, StandardNormal, StudentT
+from pyroflows.distributions.bases import (
+    Base,
+    DiagonalNormal,
+    FullNormal,
+    Laplace,
+    StandardNormal,
+    StudentT,
+    UniformBox,
+)
 from pyroflows.distributions.flow_distribution import FlowDistribution
+from pyroflows.distributions.given import DistributionBase
+from pyroflows.distributions.mixtures import Mixture
 
-__all__ = ["Base", "DiagonalNormal", "FlowDistribution", "StandardNormal", "StudentT"]
+__all__ = [
+    "Base",
+    "DiagonalNormal",
+    "DistributionBase",
+    "FlowDistribution",
+    "FullNormal",
+    "Laplace",
+    "Mixture",
+    "StandardNormal",
+    "StudentT",
+    "UniformBox",
+]

@@ -28,7 +28,11 @@ class Base(RecordedModule):
         self.event_shape = torch.Size(event_shape)
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        """The distribution, with batch shape ``()`` and the module's event shape."""
+        """The distribution, with the module's event shape.
+
+        Its batch shape is ``()``, or that of the context ``(*batch, context)``, which a flow gives
+        as its layers get it: standardised, where a fit has set the flow's standardisation.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not implement forward(context)")
 
 
@@ -71,6 +75,115 @@ class DiagonalNormal(Base):
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         normal = dist.Normal(self.loc, self.log_scale.exp(), validate_args=False)
         return normal.to_event(len(self.event_shape))
+
+
+class FullNormal(Base):
+    r"""Normal with learned mean and covariance :math:`L L^\top`; starts as the standard normal.
+
+    :math:`L` is lower triangular with diagonal :math:`e^{d} > 0`. A density costs one triangular
+    solve, a draw one product. Before layers that mix linearly (`pyroflows.layers.LULinear`) it adds
+    nothing; alone it is the normal that a flow must beat.
+
+    Parameters
+    ----------
+    features
+        Size of the event, a vector.
+
+    Examples
+    --------
+    >>> FullNormal(3)().covariance_matrix.shape
+    torch.Size([3, 3])
+    """
+
+    def __init__(self, features: int) -> None:
+        super().__init__(features)
+        if len(self.event_shape) != 1:
+            raise ValueError(f"features: expected the size of a vector, got {features}")
+        features = self.event_shape[0]
+        self.loc = nn.Parameter(torch.zeros(features))
+        self.factor = nn.Parameter(torch.zeros(features, features))
+        self.log_diagonal = nn.Parameter(torch.zeros(features))
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        scale_tril = self.factor.tril(-1) + self.log_diagonal.exp().diag()
+        return dist.MultivariateNormal(self.loc, scale_tril=scale_tril, validate_args=False)
+
+
+class Laplace(Base):
+    """Independent Laplace distributions with mean 0 and scale 1; no parameters.
+
+    Sharper in the middle and heavier in the tails (exponential) than the normal. Its log density
+    has a kink at 0.
+
+    Examples
+    --------
+    >>> Laplace(2)().log_prob(torch.zeros(2)).exp()
+    tensor(0.2500)
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, event_shape: int | Sequence[int]) -> None:
+        super().__init__(event_shape)
+        self.register_buffer("loc", torch.zeros(self.event_shape))
+        self.register_buffer("scale", torch.ones(self.event_shape))
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        laplace = dist.Laplace(self.loc, self.scale, validate_args=False)
+        return laplace.to_event(len(self.event_shape))
+
+
+class UniformBox(Base):
+    """Uniform distribution on a box, its boundary included; no parameters.
+
+    Outside of the box the log density is ``-inf``, so a flow over it scores ``-inf`` whatever its
+    inverse maps there, and has no gradient to bring it back: for layers whose inverse ends in the
+    box, or for sampling.
+
+    Parameters
+    ----------
+    event_shape
+        An integer for a vector, or a shape.
+    low, high
+        Ends of the box, numbers or tensors that broadcast to the event.
+
+    Raises
+    ------
+    ValueError
+        Unless ``low`` is below ``high`` everywhere.
+
+    Examples
+    --------
+    >>> UniformBox(2, 0.0, 4.0)().log_prob(torch.tensor([[1.0, 4.0], [1.0, 5.0]]))
+    tensor([-2.7726,    -inf])
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(
+        self, event_shape: int | Sequence[int], low: Tensor | float, high: Tensor | float
+    ) -> None:
+        super().__init__(event_shape)
+        for name, end in (("low", low), ("high", high)):
+            end = torch.as_tensor(end, dtype=torch.get_default_dtype())
+            self.register_buffer(name, end.expand(self.event_shape).clone())
+        if not (self.low < self.high).all():
+            raise ValueError(f"expected low < high, got low={low} and high={high}")
+
+    def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
+        box = _Box(self.low, self.high, validate_args=False)
+        return box.to_event(len(self.event_shape))
+
+
+class _Box(dist.Uniform):
+    """With its upper end, and with NaN for NaN."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        inside = (value >= self.low) & (value <= self.high)
+        log_prob = torch.where(inside, -(self.high - self.low).log(), -torch.inf)
+        return torch.where(value.isnan(), value, log_prob)
 
 
 class StudentT(Base):

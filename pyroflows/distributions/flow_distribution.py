@@ -10,7 +10,7 @@ from pyro.distributions import TransformedDistribution
 from pyro.distributions.score_parts import ScoreParts
 from pyro.distributions.util import detach
 from torch import Tensor
-from torch.distributions import Distribution, Independent
+from torch.distributions import Distribution
 from torch.distributions import transforms as torch_transforms
 
 from pyroflows.distributions.registration import check_registered
@@ -27,11 +27,11 @@ class _Draw(NamedTuple):
 
 
 def _base_log_prob(base_dist: Distribution, z: Tensor) -> Tensor:
-    """As ``base_dist.log_prob(z)``, which of torch's Independent fails for an empty batch."""
-    if isinstance(base_dist, Independent):
-        dims = base_dist.reinterpreted_batch_ndims
-        return sum_rightmost(_base_log_prob(base_dist.base_dist, z), dims)
-    return base_dist.log_prob(z)
+    """As ``base_dist.log_prob(z)``, where torch's sums over events fail for an empty batch."""
+    if z.numel():
+        return base_dist.log_prob(z)
+    empty = sum_rightmost(z, len(base_dist.event_shape))
+    return empty.expand(torch.broadcast_shapes(empty.shape, base_dist.batch_shape))
 
 
 class FlowDistribution(TransformedDistribution):
@@ -115,9 +115,19 @@ class FlowDistribution(TransformedDistribution):
     def rsample_and_log_prob(
         self, sample_shape: Sequence[int] = torch.Size()
     ) -> tuple[Tensor, Tensor]:
-        """Draws ``(*sample_shape, *batch, *event)`` and their scores in nats, from one pass."""
+        """Draws ``(*sample_shape, *batch, *event)`` and their scores in nats, from one pass.
+
+        `NotImplementedError` if gradients are on and the base has no reparameterised draws.
+        """
         self._check_registered()
-        return self._forward(self.base_dist.rsample(torch.Size(sample_shape)))
+        if not self.has_rsample and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"rsample: the base, a {type(self.base_dist).__name__}, has no reparameterised "
+                "draws. Use sample(), or torch.no_grad() where no gradients are needed; "
+                "pyro.sample and Pyro's ELBOs choose the score function estimator by themselves."
+            )
+        draw = self.base_dist.rsample if self.has_rsample else self.base_dist.sample
+        return self._forward(draw(torch.Size(sample_shape)))
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """Reparameterised draws, ``(*sample_shape, *batch, *event)``, from one forward pass."""
