@@ -14,12 +14,18 @@ from pyroflows import (
 from pyroflows.diagnostics import PSIS, psis, to_arviz
 from pyroflows.distributions import FlowDistribution
 from pyroflows.flows import (
+    BPF,
     CNF,
+    GF,
     IAF,
     MAF,
+    NAF,
     NICE,
     NSF,
+    SOSPF,
+    UNAF,
     Flow,
+    FlowPP,
     Planar,
     Radial,
     RealNVP,
@@ -32,15 +38,21 @@ from pyroflows.training import fit_mle, fit_svi
 __version__ = "0.1.0"
 
 __all__ = [
+    "BPF",
     "CNF",
+    "GF",
     "IAF",
     "MAF",
+    "NAF",
     "NICE",
     "NSF",
     "PSIS",
+    "SOSPF",
+    "UNAF",
     "AutoFlow",
     "Flow",
     "FlowDistribution",
+    "FlowPP",
     "Planar",
     "Radial",
     "RealNVP",

@@ -72,6 +72,12 @@ def test_a_nan_stays_alone() -> None:
     assert x.isnan().tolist() == [False, True, False]
 
 
+def test_a_nan_in_the_function_stays_alone() -> None:
+    shift = torch.tensor([0.0, torch.nan])
+    x = increasing_root(lambda x: (x + shift, torch.zeros_like(x)), torch.ones(2))[0]
+    assert x.isnan().tolist() == [False, True]
+
+
 def test_the_batch_of_the_function_counts() -> None:
     shift = torch.randn(5, 1)
     x, log_slope = increasing_root(

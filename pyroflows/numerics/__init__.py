@@ -4,6 +4,7 @@ from pyroflows.numerics.bounded import bounded_exp, soft_clamp
 from pyroflows.numerics.concrete import has_values
 from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
 from pyroflows.numerics.ode import integrate
+from pyroflows.numerics.quadrature import gauss_legendre
 from pyroflows.numerics.rational import linear_rational_spline
 from pyroflows.numerics.rng import forked_rng
 from pyroflows.numerics.roots import increasing_root
@@ -16,6 +17,7 @@ __all__ = [
     "binary_code",
     "bounded_exp",
     "forked_rng",
+    "gauss_legendre",
     "has_values",
     "hidden_degrees",
     "increasing_root",
