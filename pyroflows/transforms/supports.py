@@ -52,10 +52,12 @@ class IntervalTransform(Transform):
         if type(support) not in INTERVALS:
             raise ValueError(f"support: expected an interval of numbers, got {support}")
         self.codomain = support
-        self.lower: Any = getattr(support, "lower_bound", None)
-        self.upper: Any = getattr(support, "upper_bound", None)
-        if None not in (self.lower, self.upper) and not self.lower < self.upper:
+        lower: Any = getattr(support, "lower_bound", None)
+        upper: Any = getattr(support, "upper_bound", None)
+        if None not in (lower, upper) and not lower < upper:
             raise ValueError(f"support: expected lower < upper, got {support}")
+        self.lower = lower
+        self.upper = upper
 
     def _kept_inside(self, y: Tensor) -> Tensor:
         finfo = torch.finfo(y.dtype)
