@@ -30,6 +30,7 @@ from pyroflows.flows import (
     Radial,
     RealNVP,
     Sylvester,
+    TransformerAR,
 )
 from pyroflows.guides import AutoFlow
 from pyroflows.io import load, save
@@ -57,6 +58,7 @@ __all__ = [
     "Radial",
     "RealNVP",
     "Sylvester",
+    "TransformerAR",
     "diagnostics",
     "distributions",
     "fit_mle",

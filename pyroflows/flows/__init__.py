@@ -10,6 +10,7 @@ from pyroflows.flows.neural import NAF, UNAF
 from pyroflows.flows.planar import Planar, Radial, Sylvester
 from pyroflows.flows.polynomial import BPF, SOSPF
 from pyroflows.flows.transform import FlowTransform
+from pyroflows.flows.transformer import TransformerAR
 
 __all__ = [
     "BPF",
@@ -29,4 +30,5 @@ __all__ = [
     "Radial",
     "RealNVP",
     "Sylvester",
+    "TransformerAR",
 ]

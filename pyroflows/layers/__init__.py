@@ -16,6 +16,7 @@ from pyroflows.layers.linear import (
 )
 from pyroflows.layers.orthogonal import Householder, OrthogonalLinear
 from pyroflows.layers.planar import PlanarLayer, RadialLayer, SylvesterLayer
+from pyroflows.layers.transformer import TransformerLayer
 
 __all__ = [
     "ActNorm",
@@ -39,4 +40,5 @@ __all__ = [
     "Standardization",
     "SylvesterLayer",
     "ToSupport",
+    "TransformerLayer",
 ]

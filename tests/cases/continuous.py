@@ -46,5 +46,28 @@ CONTINUOUS = [
     flow(pf.CNF, 2, note="adaptive", **ADAPTIVE),
 ]
 
-CASES: list[Case] = [*CONTINUOUS]
-ELSEWHERE: dict[str, str] = {}
+TINY: dict[str, Any] = {"width": 4, "heads": 2, "blocks": 1}
+SPLINE = pft.RationalQuadratic(bins=4, bound=3.0)
+
+TRANSFORMER = [
+    layer("transformer", pfl.TransformerLayer, **TINY, slow="forward"),
+    layer(
+        "transformer-order",
+        pfl.TransformerLayer,
+        4,
+        2,
+        one_pass="forward",
+        order=[2, 0, 3, 1],
+        univariate=SPLINE,
+        **{**TINY, "blocks": 2},
+        slow="inverse",
+        bound=3.0,
+    ),
+    *(flow(pf.TransformerAR, n, **TINY, slow="forward") for n in (1, 2, 5, 64)),
+    *(flow(pf.TransformerAR, n, 3, **TINY, slow="forward") for n in (1, 4)),
+    flow(pf.TransformerAR, 2, note="sampling", one_pass="forward", **TINY, slow="inverse"),
+    flow(pf.TransformerAR, 2, 3, note="mixed", mixing="lu", **TINY, slow="forward"),
+]
+
+CASES: list[Case] = [*CONTINUOUS, *TRANSFORMER]
+ELSEWHERE = {"nn.CausalTransformer": "tests/test_transformer.py"}
