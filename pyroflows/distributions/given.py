@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -115,18 +115,27 @@ class _Slot:
     """Marks where a tensor was."""
 
 
-def _mapped(value: Any, function: Callable[[str, Any], Any], path: str = "held") -> Any:
+def _mapped(
+    value: Any,
+    function: Callable[[str, Any], Any],
+    path: str = "held",
+    done: dict[int, Any] | None = None,
+) -> Any:
     """A copy of a distribution with each tensor, found at its path, given to a function."""
+    done = {} if done is None else done
     if isinstance(value, (Tensor, _Slot)):
         return function(path, value)
     if type(value) in (list, tuple):
-        items = (_mapped(item, function, f"{path}/{i}") for i, item in enumerate(value))
+        items = [_mapped(item, function, f"{path}/{i}", done) for i, item in enumerate(value)]
         return type(value)(items)
     if not isinstance(value, (Distribution, TorchTransform)):
-        return value
-    copied: Any = copy.copy(value)
-    for name, item in vars(value).items():
-        copied.__dict__[name] = _mapped(item, function, f"{path}/{name}")
-    if isinstance(value, Distribution):
-        copied._validate_args = False
-    return copied
+        # A transform's weak reference leads to an inverse that knows the old tensors.
+        return None if isinstance(value, weakref.ref) else value
+    # A transform and its inverse may refer to each other.
+    if id(value) not in done:
+        copied = done[id(value)] = type(value).__new__(type(value))
+        for name, item in vars(value).items():
+            copied.__dict__[name] = _mapped(item, function, f"{path}/{name}", done)
+        if isinstance(value, Distribution):
+            copied._validate_args = False
+    return done[id(value)]
