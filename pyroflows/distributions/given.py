@@ -133,9 +133,10 @@ def _mapped(
         return None if isinstance(value, weakref.ref) else value
     # A transform and its inverse may refer to each other.
     if id(value) not in done:
-        copied = done[id(value)] = type(value).__new__(type(value))
+        copied: Any = type(value).__new__(type(value))
+        done[id(value)] = copied
         for name, item in vars(value).items():
             copied.__dict__[name] = _mapped(item, function, f"{path}/{name}", done)
-        if isinstance(value, Distribution):
+        if isinstance(copied, Distribution):
             copied._validate_args = False
     return done[id(value)]

@@ -85,7 +85,8 @@ class MAF(_AffineAutoregressive):
     max_log_scale
         Smooth bound of each layer's log-scale, see `pyroflows.transforms.Affine`.
     mixing
-        ``"lu"`` for a learned dense affine map after each layer, None for none.
+        What follows each layer: ``"lu"``, a learned dense affine map; ``"orthogonal"`` or
+        ``"householder"``, a learned rotation; ``"permutation"``, a fixed random order; or None.
     act_norm
         Whether an `ActNorm` follows each layer.
     base
@@ -125,7 +126,8 @@ class IAF(_AffineAutoregressive):
     max_log_scale
         Smooth bound of each layer's log-scale, see `pyroflows.transforms.Affine`.
     mixing
-        ``"lu"`` for a learned dense affine map after each layer, None for none.
+        What follows each layer: ``"lu"``, a learned dense affine map; ``"orthogonal"`` or
+        ``"householder"``, a learned rotation; ``"permutation"``, a fixed random order; or None.
     act_norm
         Whether an `ActNorm` follows each layer.
     base

@@ -60,7 +60,8 @@ class NICE(Flow):
     hidden_features, activation
         Of the conditioners, see `pyroflows.nn.ResidualMLP`.
     mixing
-        ``"lu"`` for a learned dense affine map after each coupling, None for none.
+        What follows each coupling: ``"lu"``, a learned dense affine map; ``"orthogonal"`` or
+        ``"householder"``, a learned rotation; ``"permutation"``, a fixed random order; or None.
     act_norm
         Whether an `ActNorm` follows each coupling.
     base
@@ -116,7 +117,8 @@ class RealNVP(Flow):
     max_log_scale
         Smooth bound of each layer's log-scale, see `pyroflows.transforms.Affine`.
     mixing
-        ``"lu"`` for a learned dense affine map after each coupling, None for none.
+        What follows each coupling: ``"lu"``, a learned dense affine map; ``"orthogonal"`` or
+        ``"householder"``, a learned rotation; ``"permutation"``, a fixed random order; or None.
     act_norm
         Whether an `ActNorm` follows each coupling.
     base
@@ -181,7 +183,8 @@ class NSF(Flow):
     autoregressive
         Whether every layer maps all features in order, instead of one part given the other.
     mixing
-        ``"lu"`` for a learned dense affine map after each layer, None for none.
+        What follows each layer: ``"lu"``, a learned dense affine map; ``"orthogonal"`` or
+        ``"householder"``, a learned rotation; ``"permutation"``, a fixed random order; or None.
     act_norm
         Whether an `ActNorm` follows each layer.
     base

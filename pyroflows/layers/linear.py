@@ -57,7 +57,7 @@ class Permutation(Layer):
         Examples
         --------
         >>> Permutation.random(4, torch.Generator().manual_seed(0)).order
-        tensor([2, 0, 1, 3])
+        tensor([0, 1, 3, 2])
         """
         return cls(features, torch.randperm(features, generator=generator))
 
@@ -149,8 +149,9 @@ class MatrixExponential(Layer):
     r"""Learned dense affine map by a matrix exponential, :math:`y = e^{W} x + b`.
 
     Starts as the identity; ``log|det|`` is the trace of :math:`W`. Each direction costs one matrix
-    exponential (some ten products of matrices) and one product with the values: dearer than
-    `LULinear`, but free of any order of the features, and alike in both directions.
+    exponential (some ten products of matrices) and one product with the values, a gradient one of
+    twice the size: dearer than `LULinear`, but free of any order of the features, and alike in both
+    directions.
 
     Parameters
     ----------

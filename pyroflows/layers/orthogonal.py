@@ -18,7 +18,7 @@ class OrthogonalLinear(Layer):
 
     Starts as the identity; ``log|det|`` is exactly 0. Making the matrix costs one linear solve
     (Cayley) or one matrix exponential, once per call of the layer; then either direction is one
-    matrix product.
+    matrix product. The gradient of an exponential is one of twice the size: several times a pass.
 
     Parameters
     ----------
