@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 from torch.distributions import Transform as TorchTransform
 
 from pyroflows.distributions import Base, DistributionBase, FlowDistribution, StandardNormal
-from pyroflows.flows.transform import FlowTransform
+from pyroflows.flows.transform import FlowTransform, is_real
 from pyroflows.nn import RecordedModule
 
 
@@ -66,6 +66,19 @@ class Flow(RecordedModule):
             )
 
     @property
+    def support(self) -> Any:
+        """The constraint on an event."""
+        return self.transform.codomain
+
+    def unconstrain(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Data as the real numbers that ``transform.standardization`` describes."""
+        return self.transform.unconstrain(x, context)
+
+    def initialize_(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Initialise what depends on data (ActNorm), once; the fit functions call it."""
+        self.transform.initialize_(x, context)
+
+    @property
     def inv(self) -> TorchTransform:
         """The transform from data to base; ``flow.transform.condition(context).inv`` of another."""
         return self.transform.inv
@@ -79,6 +92,11 @@ class Flow(RecordedModule):
     def device(self) -> torch.device:
         """The device of the flow's buffers and parameters."""
         return self.transform.standardization.loc.device
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether data may be standardised: not for a base on a box, which they would leave."""
+        return is_real(self.base(self.transform.any_context()).support)
 
     def forward(
         self, context: Tensor | None = None, *, context_is_draw: bool = False

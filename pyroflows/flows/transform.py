@@ -59,17 +59,18 @@ class FlowTransform(Transform, TransformModule):
 
     @property
     def codomain(self) -> Any:  # type: ignore[override]
-        return self.condition(self._any_context()).codomain
+        return self.condition(self.any_context()).codomain
 
     @property
     def sequential_forward(self) -> bool:  # type: ignore[override]
-        return self.condition(self._any_context()).sequential_forward
+        return self.condition(self.any_context()).sequential_forward
 
     @property
     def sequential_inverse(self) -> bool:  # type: ignore[override]
-        return self.condition(self._any_context()).sequential_inverse
+        return self.condition(self.any_context()).sequential_inverse
 
-    def _any_context(self) -> Tensor | None:
+    def any_context(self) -> Tensor | None:
+        """Some context of the right size, or None."""
         return None if self.context_standardization is None else self.context_standardization.loc
 
     def check_context(self, context: Tensor | None) -> None:
@@ -105,12 +106,12 @@ class FlowTransform(Transform, TransformModule):
     @torch.no_grad()
     def _place_of_standardization(self) -> int:
         """Before the first layer that leaves the real vectors; raises where layers do not fit."""
-        context, shape, place = self._any_context(), self.event_shape, None
+        context, shape, place = self.any_context(), self.event_shape, None
         steps = self._steps()
         for number, layer in enumerate(steps):
             _check_sizes(layer, shape, self.context_size, f"layer {number}")
             transform = layer(context)
-            if place is None and not _is_real(transform.codomain):
+            if place is None and not is_real(transform.codomain):
                 place = number
             shape = _forward_shape(transform, shape, f"layer {number} ({type(layer).__name__})")
         return len(steps) if place is None else place
@@ -123,10 +124,10 @@ class FlowTransform(Transform, TransformModule):
         return ComposedTransform(after).inverse_and_ladj(y)[0]
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
-        return self.condition(self._any_context()).forward_shape(shape)
+        return self.condition(self.any_context()).forward_shape(shape)
 
     def inverse_shape(self, shape: Iterable[int]) -> torch.Size:
-        return self.condition(self._any_context()).inverse_shape(shape)
+        return self.condition(self.any_context()).inverse_shape(shape)
 
     def standardized(self, context: Tensor | None) -> Tensor | None:
         """The context as layers and base get it."""
@@ -159,7 +160,8 @@ def _flat(layer: Any) -> list[Layer]:
     return [step for part in layer.layers for step in _flat(part)]
 
 
-def _is_real(constraint: Any) -> bool:
+def is_real(constraint: Any) -> bool:
+    """Whether a constraint leaves the whole space, of whatever shape."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return isinstance(constraint, type(constraints.real))

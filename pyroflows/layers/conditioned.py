@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.layers.base import Layer, check_sizes
-from pyroflows.nn import Conditioner, MaskedResidualMLP, ResidualMLP
+from pyroflows.nn import Conditioner, MaskedResidualMLP, PeriodicMLP, ResidualMLP
 from pyroflows.nn.mlp import Activation
 from pyroflows.transforms import (
     Affine,
@@ -39,6 +39,8 @@ class CouplingLayer(Layer):
         Recipe of the scalar map; by default affine.
     hidden_features, activation
         Of the `pyroflows.nn.ResidualMLP` conditioner.
+    periodic
+        Whether the features are angles, of which the conditioner is to see cosines and sines.
 
     References
     ----------
@@ -63,6 +65,7 @@ class CouplingLayer(Layer):
         univariate: Univariate = Affine(),  # noqa: B008  (frozen)
         hidden_features: Sequence[int] = (64, 64),
         activation: Activation = nn.SiLU,
+        periodic: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(features, context)
@@ -78,7 +81,8 @@ class CouplingLayer(Layer):
         self.register_buffer("restore", self.order.argsort())
         self.kept = int((~mask).sum())
         self.univariate = univariate
-        self.network = ResidualMLP(
+        network = PeriodicMLP if periodic else ResidualMLP
+        self.network = network(
             self.kept,
             context,
             univariate.count * (features - self.kept),

@@ -3,14 +3,19 @@
 from pyroflows.nn.arguments import RecordedModule
 from pyroflows.nn.causal import CausalTransformer
 from pyroflows.nn.conditioner import Conditioner
+from pyroflows.nn.lipschitz import LipschitzMLP, contracted
 from pyroflows.nn.masked import MaskedLinear, MaskedResidualMLP
 from pyroflows.nn.mlp import ResidualMLP
+from pyroflows.nn.periodic import PeriodicMLP
 
 __all__ = [
     "CausalTransformer",
     "Conditioner",
+    "LipschitzMLP",
     "MaskedLinear",
     "MaskedResidualMLP",
+    "PeriodicMLP",
     "RecordedModule",
     "ResidualMLP",
+    "contracted",
 ]

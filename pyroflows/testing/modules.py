@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, biject_to
+from torch.distributions import Distribution, biject_to, constraints
 from torch.distributions import Transform as TorchTransform
 from torch.func import functional_call
 
@@ -223,8 +223,16 @@ def check_gradients(module: nn.Module, value: Tensor, context: Tensor | None = N
         raise CheckError(f"gradients of {tuple(value.shape)} values: {error}") from error
 
 
+def _density(distribution: Distribution, to_support: TorchTransform, x: Tensor) -> Tensor:
+    """The density of unconstrained numbers, whose images are the distribution's."""
+    value = to_support(x)
+    return (distribution.log_prob(value) + to_support.log_abs_det_jacobian(x, value)).exp()
+
+
 @torch.no_grad()
-def check_mass(distribution: Distribution, points: int = 401, tolerance: float = 1e-3) -> None:
+def check_mass(
+    distribution: Distribution, points: int = 401, tolerance: float = 1e-3, support: Any = None
+) -> None:
     """The density integrates to one, by the trapezoidal rule in one or two dimensions.
 
     Parameters
@@ -235,6 +243,9 @@ def check_mass(distribution: Distribution, points: int = 401, tolerance: float =
         Of the grid, per dimension: dense near the median, and a thousand deviations wide.
     tolerance
         Of the mass. Coarse, for a grid sees nothing much narrower than its step.
+    support
+        Of a density that does not vanish at the ends of its support, which a grid of values would
+        miss: the grid is then one of unconstrained numbers, by ``biject_to(support)``.
 
     Examples
     --------
@@ -243,13 +254,14 @@ def check_mass(distribution: Distribution, points: int = 401, tolerance: float =
     """
     if distribution.event_shape not in ((1,), (2,)) or distribution.batch_shape:
         raise ShapeError(f"expected an event of one or two features, got {distribution}")
-    draws = distribution.sample(torch.Size((4096,)))
+    to_support = biject_to(constraints.real_vector if support is None else support)
+    draws = to_support.inv(distribution.sample(torch.Size((4096,))))
     centre = draws.median(0)[0]
     deviation = (draws - centre).abs().median(0)[0]
     steps = torch.linspace(-7.6, 7.6, points, dtype=draws.dtype, device=draws.device).sinh()
     axes = [c + d * steps for c, d in zip(centre, deviation, strict=True)]
     grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-    mass = torch.cat([distribution.log_prob(part).exp() for part in grid.split(32)])
+    mass = torch.cat([_density(distribution, to_support, part) for part in grid.split(32)])
     for axis in reversed(axes):
         mass = torch.trapezoid(mass, axis)
     check_close("mass", mass, torch.ones_like(mass), tolerance)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.transforms.base import Transform
-from pyroflows.transforms.univariate import Univariate
+from pyroflows.transforms.univariate import Univariate, vector_domain
 
 
 class SequentialConditioner(Protocol):
@@ -57,6 +57,7 @@ class AutoregressiveTransform(Transform):
 
     def __init__(self, univariate: Univariate, conditioner: SequentialConditioner) -> None:
         super().__init__()
+        self.domain = self.codomain = vector_domain(univariate)
         self.univariate = univariate
         self.conditioner = conditioner
 

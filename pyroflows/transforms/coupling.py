@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.transforms.base import Transform
-from pyroflows.transforms.univariate import Univariate
+from pyroflows.transforms.univariate import Univariate, vector_domain
 
 
 class CouplingTransform(Transform):
@@ -49,6 +49,7 @@ class CouplingTransform(Transform):
         kept: int,
     ) -> None:
         super().__init__()
+        self.domain = self.codomain = vector_domain(univariate)
         self.univariate = univariate
         self.conditioner = conditioner
         self.order = order

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pyroflows.transforms.base import Transform
-from pyroflows.transforms.univariate import Univariate
+from pyroflows.transforms.univariate import Univariate, vector_domain
 
 
 class ElementwiseTransform(Transform):
@@ -42,6 +42,7 @@ class ElementwiseTransform(Transform):
 
     def __init__(self, univariate: Univariate, params: Tensor | Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        self.domain = self.codomain = vector_domain(univariate)
         self.univariate = univariate
         self.params = params
 

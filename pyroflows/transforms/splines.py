@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch.distributions import constraints
 
 from pyroflows.numerics import linear_rational_spline, rational_quadratic_spline
 from pyroflows.transforms.base import Transform
+
+ANGLES = constraints.interval(-math.pi, math.pi)
 
 
 class RationalQuadraticTransform(Transform):
@@ -110,8 +113,8 @@ class CircularRationalQuadraticTransform(Transform):
     tori and spheres", ICML 2020.
     """
 
-    domain = constraints.interval(-math.pi, math.pi)
-    codomain = constraints.interval(-math.pi, math.pi)
+    domain = ANGLES
+    codomain = ANGLES
 
     def __init__(self, phase: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor) -> None:
         super().__init__()
@@ -225,6 +228,7 @@ class CircularRationalQuadratic:
     """
 
     bins: int = 8
+    domain: ClassVar[Any] = ANGLES
 
     def __post_init__(self) -> None:
         _check_box(self.bins)

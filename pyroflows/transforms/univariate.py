@@ -8,10 +8,11 @@ transform. Raw parameters of zero always give the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 from pyroflows.numerics import soft_clamp
 from pyroflows.transforms.base import Transform
@@ -62,7 +63,10 @@ class AffineTransform(Transform):
 
 
 class Univariate(Protocol):
-    """What a coupling or autoregressive layer asks of a univariate recipe."""
+    """What a coupling or autoregressive layer asks of a univariate recipe.
+
+    A recipe that maps a part of the real line onto itself has the constraint on it as ``domain``.
+    """
 
     @property
     def count(self) -> int:
@@ -72,6 +76,11 @@ class Univariate(Protocol):
     def __call__(self, params: Tensor) -> Transform:
         """Raw parameters ``(count, *batch, features)`` to an elementwise transform."""
         ...
+
+
+def vector_domain(univariate: Univariate) -> Any:
+    """The constraint on vectors of what a recipe maps, which is also that on its values."""
+    return constraints.independent(getattr(univariate, "domain", constraints.real), 1)
 
 
 @dataclass(frozen=True)

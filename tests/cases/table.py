@@ -44,7 +44,9 @@ class Case:
     bound
         Half-width of a spline's box: knots lie within, a straight line beyond.
     support
-        Of the data, where that is not the whole space; the base's is always the whole space.
+        Of the data, where that is not the whole space.
+    base_support
+        Of the base, where that is not the whole space: the density need not vanish at its ends.
     magnitudes
         How far out its tails are tried.
     tolerance
@@ -64,6 +66,7 @@ class Case:
     slow: Literal["forward", "inverse", None] = None
     bound: float | None = None
     support: Any = None
+    base_support: Any = None
     magnitudes: tuple[float, ...] = (10.0, 100.0, 1e4)
     tolerance: float = 1e-8
     vmap: bool = True
@@ -81,7 +84,14 @@ class Case:
     def points(
         self, count: int = 6, dtype: torch.dtype = torch.float64, device: Any = "cpu"
     ) -> Tensor:
-        """Values ``(count, *event)``: near zero, farther out, then edges and what lies beyond."""
+        """Base values ``(count, *event)``, see `numbers`, in the support of the base."""
+        x = self.numbers(count, dtype, device)
+        return x if self.base_support is None else biject_to(self.base_support)(x)
+
+    def numbers(
+        self, count: int = 6, dtype: torch.dtype = torch.float64, device: Any = "cpu"
+    ) -> Tensor:
+        """Near zero, farther out, then edges of a box and what lies beyond."""
         generator = torch.Generator().manual_seed(1)
         x = torch.randn(count, *self.event_shape, generator=generator, dtype=torch.float64)
         x[1::2] *= 3
@@ -95,8 +105,8 @@ class Case:
     def data(
         self, count: int = 6, dtype: torch.dtype = torch.float64, device: Any = "cpu"
     ) -> Tensor:
-        """As `points`, in the support of the data."""
-        return self.supported(self.points(count, dtype, device))
+        """As `numbers`, in the support of the data."""
+        return self.supported(self.numbers(count, dtype, device))
 
     def generic(self, count: int = 3) -> Tensor:
         """Data in float64, away from knots."""

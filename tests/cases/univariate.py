@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 from torch.distributions import constraints
 
+import pyroflows as pf
 from pyroflows import layers as pfl
 from pyroflows import transforms as pft
-from tests.cases.table import SMALL, Case, held, layer
+from tests.cases.table import SMALL, Case, flow, held, layer
 
+ANGLES = constraints.independent(constraints.interval(-math.pi, math.pi), 1)
 QUADRATIC = pft.RationalQuadratic(bins=4, bound=3.0)
 LINEAR = pft.LinearRational(bins=4, bound=3.0)
 
@@ -75,6 +78,29 @@ def fixed(transform: Any, note: str = "", inverted: bool = False, **traits: Any)
 
 
 TRANSFORMS += [
+    held(
+        "circular",
+        pft.CircularRationalQuadraticTransform,
+        *((3,), (4, 3), (4, 3), (4, 3)),
+        support=ANGLES,
+        base_support=ANGLES,
+    ),
+    held(
+        "circular-recipe",
+        pft.CircularRationalQuadratic(4),
+        (13, 3),
+        covers=("transforms.CircularRationalQuadratic",),
+        support=ANGLES,
+        base_support=ANGLES,
+    ),
+    held(
+        "circular-recipe-1-bin",
+        pft.CircularRationalQuadratic(1),
+        (4, 3),
+        covers=("transforms.CircularRationalQuadratic",),
+        support=ANGLES,
+        base_support=ANGLES,
+    ),
     # Autodiff's own derivative of tanh loses digits where it is flat.
     fixed(pft.TanhTransform(), support=constraints.interval(-1.0, 1.0), tolerance=1e-6),
     # Positive data far out are made by an exponential, which leaves float32.
@@ -96,6 +122,25 @@ TRANSFORMS += [
 ]
 
 LAYERS = [
+    layer(
+        "elementwise-circular-context",
+        pfl.ElementwiseLayer,
+        3,
+        2,
+        univariate=pft.CircularRationalQuadratic(4),
+        **SMALL,
+        support=ANGLES,
+        base_support=ANGLES,
+    ),
+    layer(
+        "coupling-circular",
+        pfl.CouplingLayer,
+        univariate=pft.CircularRationalQuadratic(4),
+        periodic=True,
+        **SMALL,
+        support=ANGLES,
+        base_support=ANGLES,
+    ),
     layer(
         "heavy-tails-context",
         pfl.ElementwiseLayer,
@@ -120,5 +165,22 @@ LAYERS = [
     layer("elementwise-linear-context", pfl.ElementwiseLayer, 2, 2, hidden_features=()),
 ]
 
-CASES: list[Case] = [*TRANSFORMS, *LAYERS]
-ELSEWHERE: dict[str, str] = {}
+TORUS = {"support": ANGLES, "base_support": ANGLES}
+
+FLOWS = [
+    *(flow(pf.NCSF, n, **TORUS) for n in (1, 2, 5, 64)),
+    *(flow(pf.NCSF, n, 3, **TORUS) for n in (1, 4)),
+    *(flow(pf.NSF, n, note="linear", spline="linear") for n in (1, 2, 5, 64)),
+    *(flow(pf.NSF, n, 3, note="linear", spline="linear") for n in (1, 4)),
+    flow(
+        pf.NSF,
+        3,
+        note="linear-autoregressive",
+        spline="linear",
+        autoregressive=True,
+        slow="forward",
+    ),
+]
+
+CASES: list[Case] = [*TRANSFORMS, *LAYERS, *FLOWS]
+ELSEWHERE: dict[str, str] = {"nn.PeriodicMLP": "tests/test_univariate.py"}
