@@ -1,16 +1,23 @@
 """Fitting: one loop behind maximum likelihood and variational inference."""
 
+from pyroflows.training.flow_matching import FlowMatchingLoss, fit_flow_matching
 from pyroflows.training.losses import NegativeELBO, NegativeLogLikelihood
 from pyroflows.training.mle import fit_mle
-from pyroflows.training.result import History, MLEFit, SVIFit
+from pyroflows.training.result import FlowMatchingFit, History, MLEFit, SVIFit
+from pyroflows.training.selection import Selection, select
 from pyroflows.training.svi import fit_svi
 
 __all__ = [
+    "FlowMatchingFit",
+    "FlowMatchingLoss",
     "History",
     "MLEFit",
     "NegativeELBO",
     "NegativeLogLikelihood",
     "SVIFit",
+    "Selection",
+    "fit_flow_matching",
     "fit_mle",
     "fit_svi",
+    "select",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from pyroflows.errors import DataError, check_event
@@ -49,11 +50,13 @@ def as_rows(name: str, value: Any, event_shape: Sequence[int], dtype: torch.dtyp
     return rows
 
 
-def warn_about_columns(x: Tensor) -> None:
+def warn_about_columns(x: Tensor, support: Any) -> None:
     """Warn of columns to which a density can give unbounded likelihood."""
     columns = x.flatten(1)
-    constant = (columns == columns[:1]).all(0)
-    whole = (columns == columns.round()).all(0) & ~constant
+    parts = support.cseq if isinstance(support, constraints.stack) else [support]
+    dense = torch.tensor([not part.is_discrete for part in parts], device=x.device)
+    constant = (columns == columns[:1]).all(0) & dense
+    whole = (columns == columns.round()).all(0) & dense & ~constant
     for found, problem, advice in (
         (constant, "constant", "remove it"),
         (whole, "integer-valued", "add uniform noise in [0, 1) to it"),
@@ -63,7 +66,7 @@ def warn_about_columns(x: Tensor) -> None:
             warnings.warn(
                 f"column {', '.join(map(str, listed))} of x is {problem}: a density on it can grow "
                 f"without bound, and likelihoods do not compare; {advice}.",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -109,7 +112,7 @@ class LoaderRows:
 def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
     """Rows and contexts for a flow, checked, on its device."""
     x = as_rows(f"{prefix}x", x, flow.event_shape, flow.dtype).to(flow.device)
-    check_support(f"{prefix}x", x, flow.transform.codomain)
+    check_support(f"{prefix}x", x, flow.support)
     if context is None or not flow.context_size:
         # Raises for a context that is missing, or not expected.
         flow.transform.check_context(None if context is None else torch.as_tensor(context))

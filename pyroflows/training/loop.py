@@ -45,8 +45,8 @@ class Loop:
         Checks without improvement after which to stop; None for never.
     progress
         Whether to show a bar; None for only in interactive use.
-    title
-        What the bar says.
+    title, unit
+        What the bar says, and what it calls the loss.
     """
 
     loss: Callable[..., Tensor]
@@ -60,6 +60,7 @@ class Loop:
     patience: int | None
     progress: bool | None
     title: str
+    unit: str = "nats"
     history: History = field(default_factory=History)
 
     def __post_init__(self) -> None:
@@ -111,9 +112,8 @@ class Loop:
             if step % self.check_every == 0 or step == self.steps:
                 improved = self._check(step)
                 stale = 0 if improved else stale + 1
-                bar.set_postfix(
-                    nats=f"{self.history.checks[-1][1]:.3f}", best=f"{self.history.best[1]:.3f}"
-                )
+                now, best = self.history.checks[-1][1], self.history.best[1]
+                bar.set_postfix({self.unit: f"{now:.3f}", "best": f"{best:.3f}"})
                 if self.patience is not None and stale >= self.patience:
                     return f"the loss has not improved for {stale} checks"
         return "all steps were done"

@@ -29,7 +29,10 @@ class NegativeLogLikelihood(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Rows ``(N, *event)`` and contexts ``(N, context)`` to a scalar."""
-        return -self.flow(context).log_prob(x).mean()
+        made = self.flow(context)
+        # A dequantized flow has a bound and no density.
+        score = getattr(made, "log_prob_bound", made.log_prob)
+        return -score(x).mean()
 
 
 class NegativeELBO(nn.Module):

@@ -98,6 +98,17 @@ class MLEFit(Fit):
 
 
 @dataclass
+class FlowMatchingFit(Fit):
+    """Result of `pyroflows.fit_flow_matching`; the losses are mean squares of velocities.
+
+    They are no densities: even the true velocity has a loss above zero.
+    """
+
+    _quantity = "flow matching loss"
+    _checked = "validation"
+
+
+@dataclass
 class SVIFit(Fit):
     """Result of `pyroflows.fit_svi`.
 
