@@ -9,18 +9,26 @@ from pyroflows.distributions.bases import (
     StudentT,
     UniformBox,
 )
+from pyroflows.distributions.dequantized import (
+    Categories,
+    DequantizedDistribution,
+    Quantization,
+)
 from pyroflows.distributions.flow_distribution import FlowDistribution
 from pyroflows.distributions.given import DistributionBase
 from pyroflows.distributions.mixtures import Mixture
 
 __all__ = [
     "Base",
+    "Categories",
+    "DequantizedDistribution",
     "DiagonalNormal",
     "DistributionBase",
     "FlowDistribution",
     "FullNormal",
     "Laplace",
     "Mixture",
+    "Quantization",
     "StandardNormal",
     "StudentT",
     "UniformBox",

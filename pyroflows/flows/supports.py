@@ -82,6 +82,7 @@ PARAMETERS: dict[Any, tuple[str, ...]] = {
     **INTERVALS,
     constraints.independent: ("base_constraint", "reinterpreted_batch_ndims"),
     constraints.stack: ("cseq", "dim"),
+    constraints.integer_interval: ("lower_bound", "upper_bound"),
 }
 
 
@@ -92,7 +93,7 @@ def name_of_constraint(constraint: Any) -> tuple[str, list[Any]] | None:
         public = getattr(constraints, name)
         if public is kind and kind in PARAMETERS:
             return name, [getattr(constraint, argument) for argument in PARAMETERS[kind]]
-        if type(public) is kind and kind not in PARAMETERS:
+        if type(public) is kind and kind not in PARAMETERS and vars(public) == vars(constraint):
             return name, []
     return None
 
