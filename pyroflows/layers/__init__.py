@@ -16,6 +16,7 @@ from pyroflows.layers.linear import (
 )
 from pyroflows.layers.orthogonal import Householder, OrthogonalLinear
 from pyroflows.layers.planar import PlanarLayer, RadialLayer, SylvesterLayer
+from pyroflows.layers.residual import ResidualLayer
 from pyroflows.layers.transformer import TransformerLayer
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "Permutation",
     "PlanarLayer",
     "RadialLayer",
+    "ResidualLayer",
     "Sequential",
     "Standardization",
     "SylvesterLayer",

@@ -3,7 +3,10 @@
 from pyroflows.nn.arguments import RecordedModule
 from pyroflows.nn.causal import CausalTransformer
 from pyroflows.nn.conditioner import Conditioner
-from pyroflows.nn.lipschitz import LipschitzMLP, contracted
+from pyroflows.nn.lipschitz import (
+    LipschitzMLP,
+    contracted,
+)
 from pyroflows.nn.masked import MaskedLinear, MaskedResidualMLP
 from pyroflows.nn.mlp import ResidualMLP
 from pyroflows.nn.periodic import PeriodicMLP

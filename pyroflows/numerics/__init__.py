@@ -2,6 +2,7 @@
 
 from pyroflows.numerics.bounded import bounded_exp, soft_clamp
 from pyroflows.numerics.concrete import has_values
+from pyroflows.numerics.fixed_point import batched_vjp, contraction_root, value_and_jacobian
 from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
 from pyroflows.numerics.ode import integrate
 from pyroflows.numerics.quadrature import gauss_legendre
@@ -14,8 +15,10 @@ from pyroflows.numerics.tails import straight_tails
 
 __all__ = [
     "autoregressive_mask",
+    "batched_vjp",
     "binary_code",
     "bounded_exp",
+    "contraction_root",
     "forked_rng",
     "gauss_legendre",
     "has_values",
@@ -27,4 +30,5 @@ __all__ = [
     "soft_clamp",
     "straight_tails",
     "sum_rightmost",
+    "value_and_jacobian",
 ]

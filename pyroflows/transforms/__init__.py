@@ -48,6 +48,7 @@ from pyroflows.transforms.polynomials import (
     SumOfSquares,
     SumOfSquaresTransform,
 )
+from pyroflows.transforms.residual import ResidualTransform
 from pyroflows.transforms.splines import (
     CircularRationalQuadratic,
     CircularRationalQuadraticTransform,
@@ -110,6 +111,7 @@ __all__ = [
     "RadialTransform",
     "RationalQuadratic",
     "RationalQuadraticTransform",
+    "ResidualTransform",
     "ShiftTransform",
     "SignedPowerTransform",
     "SoftplusTransform",

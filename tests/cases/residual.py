@@ -20,6 +20,10 @@ def radial(center: Tensor, numbers: Tensor) -> Any:
     return pft.RadialTransform(center, *numbers)
 
 
+def residual(weight: Tensor) -> Any:
+    return pft.ResidualTransform(lambda x: 0.5 * (x @ weight).sin(), 0.9)
+
+
 def conditional(params: Tensor) -> Any:
     return pft.ConditionalTransform(lambda p: pft.DiagonalAffineTransform(p, p), params)
 
@@ -34,6 +38,13 @@ TRANSFORMS = [
     ),
     held("radial", radial, (3,), (2,), covers=("transforms.RadialTransform",)),
     held("sylvester", pft.SylvesterTransform, (2, 3), (2, 2), (2, 2), (2,), slow="inverse"),
+    held(
+        "residual",
+        residual,
+        (3, 3),
+        covers=("transforms.ResidualTransform",),
+        slow="inverse",
+    ),
     held("conditional", conditional, (3,), covers=("transforms.ConditionalTransform",)),
 ]
 
@@ -44,6 +55,9 @@ LAYERS = [
     layer("radial-1", pfl.RadialLayer, 1),
     layer("sylvester", pfl.SylvesterLayer, 3, rank=2, one_pass="forward", slow="inverse"),
     layer("sylvester-context", pfl.SylvesterLayer, 3, 2, rank=1, **SMALL, slow="forward"),
+    layer("residual", pfl.ResidualLayer, one_pass="forward", hidden_features=(8,), slow="inverse"),
+    layer("residual-context", pfl.ResidualLayer, 3, 2, one_pass="forward", **SMALL, slow="inverse"),
+    layer("residual-linear", pfl.ResidualLayer, 3, 2, hidden_features=(), slow="forward"),
 ]
 
 LOW_RANK: list[tuple[type, dict[str, Any]]] = [
@@ -52,11 +66,25 @@ LOW_RANK: list[tuple[type, dict[str, Any]]] = [
     (pf.Sylvester, {"slow": "forward"}),
 ]
 
+# A Jacobian at every step of the inverse: more layers would be slow, and 64 features are.
+ONE_LAYER: dict[str, Any] = {"transforms": 1, "hidden_features": (8, 8), "slow": "forward"}
+
 FLOWS = [
     *(flow(recipe, n, **options) for recipe, options in LOW_RANK for n in (1, 2, 5, 64)),
     *(flow(recipe, n, 3, **options) for recipe, options in LOW_RANK for n in (1, 4)),
+    *(flow(pf.ResidualFlow, n, **ONE_LAYER) for n in (1, 2, 5)),
+    *(flow(pf.ResidualFlow, n, 3, **ONE_LAYER) for n in (1, 4)),
     flow(pf.Planar, 2, note="mixed", mixing="lu", act_norm=True, slow="forward"),
 ]
 
 CASES: list[Case] = [*TRANSFORMS, *LAYERS, *FLOWS]
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE = dict.fromkeys(
+    (
+        "nn.LipschitzMLP",
+        "nn.contracted",
+        "numerics.batched_vjp",
+        "numerics.contraction_root",
+        "numerics.value_and_jacobian",
+    ),
+    "tests/test_residual.py",
+)
