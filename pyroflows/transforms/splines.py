@@ -152,7 +152,7 @@ def _where_angle(given: Tensor, angle: Tensor, ladj: Tensor) -> tuple[Tensor, Te
     return torch.where(is_angle, angle, given), torch.where(is_angle, ladj, unmoved)
 
 
-def _check_box(bins: int, bound: float = 1.0) -> None:
+def _check_box(bins: int, bound: float) -> None:
     if bins < 1 or not bound > 0:
         raise ValueError(
             f"expected at least one bin and a positive bound, got bins={bins}, bound={bound}"
@@ -231,7 +231,8 @@ class CircularRationalQuadratic:
     domain: ClassVar[Any] = ANGLES
 
     def __post_init__(self) -> None:
-        _check_box(self.bins)
+        if self.bins < 1:
+            raise ValueError(f"expected at least one bin, got bins={self.bins}")
 
     @property
     def count(self) -> int:
