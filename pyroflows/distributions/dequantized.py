@@ -58,6 +58,7 @@ class Quantization(nn.Module):
         What each column holds: a scalar constraint, discrete for integers, or `Categories`.
     """
 
+    order: Tensor
     restore: Tensor
 
     def __init__(self, columns: Sequence[Any]) -> None:
@@ -66,6 +67,8 @@ class Quantization(nn.Module):
         order = sorted(range(len(columns)), key=kinds.__getitem__)
         self.sizes = [kinds.count(kind) for kind in range(3)]
         self.counts = [columns[i].count for i in order if kinds[i] == CATEGORIES]
+        if self.sizes[0] == len(columns):
+            raise ValueError("columns: expected at least one integer or Categories among them")
         #: Coordinates of a vector, and those of the noise.
         self.width = self.sizes[0] + self.sizes[1] + sum(self.counts)
         self.noise_features = self.width - self.sizes[0]

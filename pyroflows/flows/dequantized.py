@@ -86,7 +86,7 @@ class Dequantized(Flow):
         if noise is not None:
             _check("noise", noise, features, self.quantization.width + flow.context_size)
         self.noise = noise
-        self.normal = StandardNormal(features) if noise is None else None
+        self.normal = StandardNormal(features)
 
     @property
     def transform(self) -> FlowTransform:  # type: ignore[override]
@@ -103,7 +103,7 @@ class Dequantized(Flow):
         """A scalar constraint for each column."""
         return self.quantization.support
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, context: Tensor | None = None, *, context_is_draw: bool = False
     ) -> DequantizedDistribution:
         """The distribution under a context ``(*batch, context)``."""
@@ -115,17 +115,13 @@ class Dequantized(Flow):
         return DequantizedDistribution(density, self.quantization, noise)
 
     def _noise(self, x: Tensor, context: Tensor | None) -> FlowDistribution:
-        if self.normal is not None:
-            batch = torch.broadcast_shapes(
-                x.shape[:-1], () if context is None else context.shape[:-1]
-            )
+        context = self.transform.standardized(context)
+        given = [] if context is None else [context]
+        batch = torch.broadcast_shapes(x.shape[:-1], *(c.shape[:-1] for c in given))
+        if self.noise is None:
             return FlowDistribution(self.normal().expand(batch), [])
-        given = self.transform.standardization().inv(self.quantization.encode(x))
-        if context is not None:
-            inner = self.transform.standardized(context)
-            batch = torch.broadcast_shapes(given.shape[:-1], inner.shape[:-1])
-            given = torch.cat([given.expand(*batch, -1), inner.expand(*batch, -1)], -1)
-        return self.noise(given)
+        row = self.transform.standardization().inv(self.quantization.encode(x))
+        return self.noise(torch.cat([part.expand(*batch, -1) for part in (row, *given)], -1))
 
     def unconstrain(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Rows as real vectors, with noise drawn afresh."""

@@ -75,6 +75,21 @@ def check_support(name: str, rows: Tensor, support: Any) -> None:
     )
 
 
+def rows_at_ends(rows: Tensor, support: Any) -> int:
+    """How many rows have a value at an end that belongs to their support."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    columns = rows.unbind(-1) if isinstance(support, constraints.stack) else [rows]
+    parts = support.cseq if isinstance(support, constraints.stack) else [support]
+    count = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for part, column in zip(parts, columns, strict=True):
+        ends = [getattr(part, name) for name in INTERVALS.get(type(part), ())]
+        ends += [0.0] * isinstance(part, type(constraints.simplex))
+        for end in ends:
+            count |= (column == end).reshape(len(rows), -1).any(-1)
+    return int(count.sum())
+
+
 # --- files ----------------------------------------------------------------------------------------
 
 #: Constraints with arguments, and the attributes that hold these.

@@ -111,7 +111,7 @@ class FlowTransform(Transform, TransformModule):
         for number, layer in enumerate(steps):
             _check_sizes(layer, shape, self.context_size, f"layer {number}")
             transform = layer(context)
-            if place is None and not is_real(transform.codomain):
+            if place is None and _leaves_the_reals(transform):
                 place = number
             shape = _forward_shape(transform, shape, f"layer {number} ({type(layer).__name__})")
         return len(steps) if place is None else place
@@ -158,6 +158,12 @@ def _flat(layer: Any) -> list[Layer]:
     if not isinstance(layer, Sequential):
         return [layer]
     return [step for part in layer.layers for step in _flat(part)]
+
+
+def _leaves_the_reals(transform: Any) -> bool:
+    # What torch composes ends in an affine map, whose codomain tells nothing of the part before.
+    parts = getattr(transform, "parts", [])
+    return not is_real(transform.codomain) or any(map(_leaves_the_reals, parts))
 
 
 def is_real(constraint: Any) -> bool:

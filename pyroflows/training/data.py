@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader
 
 from pyroflows.errors import DataError, check_event
-from pyroflows.flows.supports import check_support
+from pyroflows.flows.supports import check_support, rows_at_ends
 
 #: Fewer rows than this cannot be split into training and validation.
 MIN_ROWS = 10
@@ -68,6 +68,13 @@ def warn_about_columns(x: Tensor, support: Any) -> None:
                 f"without bound, and likelihoods do not compare; {advice}.",
                 stacklevel=5,
             )
+    at_end = rows_at_ends(x, support)
+    if at_end:
+        warnings.warn(
+            f"{at_end} rows of x have values at the end of their support, which are scored as the "
+            "nearest number inside and lie far out in unconstrained units; move them inward.",
+            stacklevel=5,
+        )
 
 
 def minibatches(rows: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:

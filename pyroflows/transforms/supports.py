@@ -29,7 +29,8 @@ class IntervalTransform(Transform):
 
     .. math:: a + e^x, \qquad b - e^{-x}, \qquad a + (b - a)\,\sigma(x)
 
-    Values are kept off the ends by one unit in the last place, so that every draw can be scored.
+    Values are kept finite and off the ends by one unit in the last place, so that every draw can be
+    scored.
     Log-determinants are computed from the distances to both ends and do not saturate. A value
     outside the interval has ``log|det| = -inf`` and so the density zero; NaN stays NaN.
 
@@ -61,10 +62,9 @@ class IntervalTransform(Transform):
 
     def _kept_inside(self, y: Tensor) -> Tensor:
         finfo = torch.finfo(y.dtype)
-        ends = (self.lower, +1), (self.upper, -1)
         low, high = (
-            None if end is None else end + sign * max(abs(end) * finfo.eps, finfo.tiny)
-            for end, sign in ends
+            -sign * finfo.max if end is None else end + sign * max(abs(end) * finfo.eps, finfo.tiny)
+            for end, sign in ((self.lower, +1), (self.upper, -1))
         )
         return y.clamp(low, high)
 
