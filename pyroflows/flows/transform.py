@@ -92,6 +92,7 @@ class FlowTransform(Transform, TransformModule):
     def condition(self, context: Tensor | None = None) -> ComposedTransform:
         """The transform under a context of shape ``(*batch, context)``, made afresh."""
         self.check_context(context)
+        context = self.standardized(context)
         return ComposedTransform([layer(context) for layer in self._stack()])
 
     def _steps(self) -> list[Layer]:
