@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyroflows.nn.mlp import Activation, is_residual, widths
+from pyroflows.nn.mlp import Activation, is_residual, widen_, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
 
 Unrolled = Generator[Tensor, Tensor, None]
@@ -104,6 +104,7 @@ class MaskedResidualMLP(nn.Module):
         # Where the units of each degree start, layer by layer: unroll takes them in turn.
         bounds = torch.arange(features + 1)
         self._units = [torch.searchsorted(d, bounds).tolist() for d in degrees]
+        widen_(self.layers[0], self.context)
         self._zero_output()
 
     def _zero_output(self) -> None:

@@ -10,10 +10,23 @@ from torch import Tensor, nn
 
 Activation = Callable[[], nn.Module]
 
+#: Factor on torch's initial weights of input and context. Inputs are standardised: with it hidden
+#: units bend within the data, and densities with fine structure are learned several times faster.
+INPUT_GAIN = 3.0
+
 
 def is_residual(hidden: Sequence[int], layer: int) -> bool:
     """Whether hidden layer ``layer`` is added to the one before it: where their widths agree."""
     return layer > 0 and hidden[layer] == hidden[layer - 1]
+
+
+@torch.no_grad()
+def widen_(*linears: nn.Module | None) -> None:
+    """Multiply initial weights by `INPUT_GAIN`, in place."""
+    for linear in linears:
+        if linear is not None:
+            for parameter in linear.parameters():
+                parameter.mul_(INPUT_GAIN)
 
 
 def widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
@@ -75,6 +88,7 @@ class ResidualMLP(nn.Module):
         if not features and not context:
             self.constant = nn.Parameter(torch.zeros(sizes[0]))
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
+        widen_(self.input, self.context)
         self._zero_output()
 
     def _zero_output(self) -> None:
