@@ -14,6 +14,7 @@ from pyroflows import (
 from pyroflows.diagnostics import PSIS, psis, to_arviz
 from pyroflows.distributions import FlowDistribution
 from pyroflows.flows import (
+    BNAF,
     BPF,
     CNF,
     GF,
@@ -45,6 +46,7 @@ from pyroflows.training import fit_flow_matching, fit_mle, fit_svi, select
 __version__ = "0.1.0"
 
 __all__ = [
+    "BNAF",
     "BPF",
     "CNF",
     "GF",

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.errors import InversionError
-from pyroflows.layers import ResidualLayer
-from pyroflows.nn import LipschitzMLP, contracted
+from pyroflows.layers import BlockLayer, ResidualLayer
+from pyroflows.nn import BlockLinear, BlockNetwork, LipschitzMLP, contracted
 from pyroflows.numerics import batched_vjp, contraction_root, fixed_point, value_and_jacobian
 from pyroflows.testing import check_close, jacobian, redraw_
 from pyroflows.transforms import ResidualTransform
@@ -244,3 +244,89 @@ def test_one_pass_exchanges_the_directions() -> None:
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pf.ResidualFlow(2, **options)
+
+
+# --- block networks ---------------------------------------------------------------------------
+
+
+def test_block_network_is_triangular_and_increasing() -> None:
+    network = BlockNetwork(4, 2, (3, 5), order=[2, 0, 3, 1]).double()
+    redraw_(network, 2.0)
+    x, context = 3 * randn(50, 4), randn(50, 2)
+    value, log_slope = network(x, context).chunk(2, -1)
+    matrix = jacobian(lambda x: network(x, context)[..., :4], x, 1)
+    ordered = matrix[:, network.order][:, :, network.order]
+    assert not ordered.triu(1).any()
+    assert (ordered.tril(-1) != 0).all(0).tril(-1).sum() == 6
+    check_close("slope", log_slope.exp(), matrix.diagonal(dim1=-2, dim2=-1), 1e-12)
+    assert not torch.equal(value, network(x, context + 1)[..., :4])
+
+
+def test_block_network_feature_by_feature() -> None:
+    network = BlockNetwork(4, 2, (3, 5), order=[2, 0, 3, 1]).double()
+    redraw_(network, 2.0)
+    x, context = randn(50, 4), randn(50, 2)
+    value, log_slope = network(x, context).chunk(2, -1)
+    order, steps = network.unroll(x, context)
+    function = next(steps)
+    for i, feature in enumerate(order.tolist()):
+        got, slope = function(x[:, feature])
+        check_close("value", got, value[:, feature], 1e-12)
+        check_close("slope", slope, log_slope[:, feature], 1e-12)
+        if i < 3:
+            function = steps.send(x[:, feature])
+
+
+def test_block_linear_keeps_its_signs() -> None:
+    layer = BlockLinear(3, 2, 4, 0)
+    redraw_(layer, 100.0)
+    assert (layer.blocks() > 0).all()
+    assert layer.blocks().isfinite().all()
+    weight = layer.earlier.masked_weight().unflatten(0, (3, 4)).unflatten(-1, (3, 2))
+    assert not weight[torch.arange(3), :, torch.arange(3)].any()
+    assert (weight[2, :, 1] != 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_block_flow_reaches_every_value(dtype: torch.dtype) -> None:
+    """A bounded activation alone would stop short of these, whatever its weights."""
+    flow = pf.BNAF(3).to(dtype)
+    redraw_(flow, 1.0)
+    transform = flow.transform.condition()
+    x = torch.tensor([[1e4, -1e4, 1e3], [-300.0, 5.0, 1e5]], dtype=dtype)
+    with torch.no_grad():
+        for there, back in ((transform, transform.inv), (transform.inv, transform)):
+            y = there(x)
+            assert y.isfinite().all()
+            check_close("there and back", back(y), x, 1e6 * torch.finfo(dtype).eps * (1 + x.abs()))
+
+
+def test_block_flow_in_64_features() -> None:
+    flow = pf.BNAF(64, transforms=1, hidden_features=(4,)).double()
+    redraw_(flow, 1.0)
+    draw, log_prob = flow().rsample_and_log_prob((4,))
+    check_close("density", flow().log_prob(draw.detach().clone()), log_prob, 1e-8)
+
+
+def test_block_flow_starts_near_the_identity() -> None:
+    x = torch.randn(100, 5)
+    y, ladj = pf.BNAF(5).transform.inv.call_and_ladj(x)
+    assert (y - x).abs().mean() < 0.5
+    assert ladj.abs().mean() < 1.0
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_block_flow_saves_and_loads(context: int, tmp_path: Path) -> None:
+    flow = pf.BNAF(3, context, hidden_features=(4,), one_pass="forward", mixing=None)
+    redraw_(flow, 1.0)
+    pf.save(flow, tmp_path / "flow")
+    again = pf.load(tmp_path / "flow")
+    x, c = torch.randn(4, 3), torch.randn(4, context) if context else None
+    assert torch.equal(again(c).log_prob(x), flow(c).log_prob(x))
+
+
+def test_wrong_order_of_blocks() -> None:
+    with pytest.raises(ValueError, match="order: expected a permutation of 3 features"):
+        BlockLayer(3, order=[0, 1])
+    with pytest.raises(ValueError, match="one_pass: expected 'forward' or 'inverse'"):
+        BlockLayer(3, one_pass="both")  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """Flows: modules from context to a distribution, and the recipes by family."""
 
 from pyroflows.flows.autoregressive import IAF, MAF
+from pyroflows.flows.block import BNAF
 from pyroflows.flows.catalogue import FlowInfo, get_flow, list_flows
 from pyroflows.flows.circular import NCSF
 from pyroflows.flows.continuous import CNF
@@ -20,6 +21,7 @@ from pyroflows.flows.transform import FlowTransform
 from pyroflows.flows.transformer import TransformerAR
 
 __all__ = [
+    "BNAF",
     "BPF",
     "CNF",
     "GF",

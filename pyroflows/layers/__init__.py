@@ -1,6 +1,7 @@
 """Learnable layers: modules that build a transform, given a context."""
 
 from pyroflows.layers.base import Layer
+from pyroflows.layers.block import BlockLayer
 from pyroflows.layers.composition import Bijection, Inverse, Sequential, ToSupport
 from pyroflows.layers.conditioned import AutoregressiveLayer, CouplingLayer
 from pyroflows.layers.continuous import ContinuousLayer
@@ -23,6 +24,7 @@ __all__ = [
     "ActNorm",
     "AutoregressiveLayer",
     "Bijection",
+    "BlockLayer",
     "ContinuousLayer",
     "CouplingLayer",
     "ElementwiseLayer",

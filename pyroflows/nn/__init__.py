@@ -1,6 +1,7 @@
 """Conditioner networks: from features and context to the parameters of a transform."""
 
 from pyroflows.nn.arguments import RecordedModule
+from pyroflows.nn.block import BlockLinear, BlockNetwork
 from pyroflows.nn.causal import CausalTransformer
 from pyroflows.nn.conditioner import Conditioner
 from pyroflows.nn.lipschitz import (
@@ -12,6 +13,8 @@ from pyroflows.nn.mlp import ResidualMLP
 from pyroflows.nn.periodic import PeriodicMLP
 
 __all__ = [
+    "BlockLinear",
+    "BlockNetwork",
     "CausalTransformer",
     "Conditioner",
     "LipschitzMLP",

@@ -8,6 +8,7 @@ from pyroflows.transforms.base import (
     call_and_ladj,
     inverse_and_ladj,
 )
+from pyroflows.transforms.block import BlockTransform
 from pyroflows.transforms.continuous import ContinuousTransform
 from pyroflows.transforms.coupling import CouplingTransform
 from pyroflows.transforms.elementwise import (
@@ -80,6 +81,7 @@ __all__ = [
     "AutoregressiveTransform",
     "Bernstein",
     "BernsteinTransform",
+    "BlockTransform",
     "CircularRationalQuadratic",
     "CircularRationalQuadraticTransform",
     "ColumnsTransform",

@@ -45,6 +45,15 @@ TRANSFORMS = [
         covers=("transforms.ResidualTransform",),
         slow="inverse",
     ),
+    Case(
+        "block",
+        "transform",
+        lambda: pfl.BlockLayer(2, one_pass="forward", hidden_features=(3,)),
+        ("transforms.BlockTransform",),
+        (2,),
+        slow="inverse",
+        identity=False,
+    ),
     held("conditional", conditional, (3,), covers=("transforms.ConditionalTransform",)),
 ]
 
@@ -58,6 +67,17 @@ LAYERS = [
     layer("residual", pfl.ResidualLayer, one_pass="forward", hidden_features=(8,), slow="inverse"),
     layer("residual-context", pfl.ResidualLayer, 3, 2, one_pass="forward", **SMALL, slow="inverse"),
     layer("residual-linear", pfl.ResidualLayer, 3, 2, hidden_features=(), slow="forward"),
+    layer(
+        "block-order",
+        pfl.BlockLayer,
+        *(3, 2),
+        order=[2, 0, 1],
+        one_pass="forward",
+        hidden_features=(2,),
+        slow="inverse",
+        identity=False,
+    ),
+    layer("block-linear", pfl.BlockLayer, hidden_features=(), slow="forward", identity=False),
 ]
 
 LOW_RANK: list[tuple[type, dict[str, Any]]] = [
@@ -69,17 +89,29 @@ LOW_RANK: list[tuple[type, dict[str, Any]]] = [
 # A Jacobian at every step of the inverse: more layers would be slow, and 64 features are.
 ONE_LAYER: dict[str, Any] = {"transforms": 1, "hidden_features": (8, 8), "slow": "forward"}
 
+# A root for every feature, also under every derivative: 64 would be slow.
+BLOCK: dict[str, Any] = {
+    "transforms": 2,
+    "hidden_features": (4,),
+    "slow": "forward",
+    "identity": False,
+}
+
 FLOWS = [
     *(flow(recipe, n, **options) for recipe, options in LOW_RANK for n in (1, 2, 5, 64)),
     *(flow(recipe, n, 3, **options) for recipe, options in LOW_RANK for n in (1, 4)),
     *(flow(pf.ResidualFlow, n, **ONE_LAYER) for n in (1, 2, 5)),
     *(flow(pf.ResidualFlow, n, 3, **ONE_LAYER) for n in (1, 4)),
+    *(flow(pf.BNAF, n, **BLOCK) for n in (1, 2, 5)),
+    *(flow(pf.BNAF, n, 3, **BLOCK) for n in (1, 4)),
     flow(pf.Planar, 2, note="mixed", mixing="lu", act_norm=True, slow="forward"),
 ]
 
 CASES: list[Case] = [*TRANSFORMS, *LAYERS, *FLOWS]
 ELSEWHERE = dict.fromkeys(
     (
+        "nn.BlockLinear",
+        "nn.BlockNetwork",
         "nn.LipschitzMLP",
         "nn.contracted",
         "numerics.batched_vjp",
