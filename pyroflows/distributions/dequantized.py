@@ -11,7 +11,6 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
-from torch.nn.functional import logsigmoid, softplus
 
 from pyroflows.distributions.flow_distribution import FlowDistribution
 from pyroflows.errors import check_dtype, check_event
@@ -48,9 +47,10 @@ class Quantization(nn.Module):
     there are categories, a continuous column is one coordinate. The coordinates stand in this
     order: continuous columns, integers, categories. Behind a value lie all vectors that
 
-    .. math:: v = x + \Phi(n), \qquad v_x = n_x,\; v_i = n_x - \log(1 + e^{n_x - n_i})
+    .. math:: v = x + \Phi(n), \qquad v_x = n_x,\; v_i = n_x + \log \Phi(n_i)
 
-    give for integers and categories, where the noise :math:`n` is any real vector.
+    give for integers and categories, where the noise :math:`n` is any real vector. Normal noise is
+    uniform within an integer's cell, and exponential in how far other categories stay behind.
 
     Parameters
     ----------
@@ -105,11 +105,11 @@ class Quantization(nn.Module):
         of_integers, rest = noise.split([self.sizes[1], sum(self.counts)], -1)
         share = torch.special.ndtr(of_integers).clamp_max(1 - torch.finfo(x.dtype).eps)
         parts = [continuous.expand(*noise.shape[:-1], -1), integers + share]
-        ladj = (-of_integers.square() / 2 - math.log(2 * math.pi) / 2).sum(-1)
+        ladj = _log_normal(of_integers).sum(-1)
         for chosen, n in zip(one_hot, rest.split(self.counts, -1), strict=True):
-            top = (chosen * n).sum(-1, keepdim=True)
-            parts.append(torch.where(chosen > 0, n, top - softplus(top - n)))
-            ladj = ladj + ((1 - chosen) * logsigmoid(top - n)).sum(-1)
+            top, below = (chosen * n).sum(-1, keepdim=True), torch.special.log_ndtr(n)
+            parts.append(torch.where(chosen > 0, n, top + below))
+            ladj = ladj + ((1 - chosen) * (_log_normal(n) - below)).sum(-1)
         w, to_real = inverse_and_ladj(self.to_support(), torch.cat(parts, -1))
         return w, ladj + to_real
 
@@ -121,6 +121,11 @@ class Quantization(nn.Module):
 
 
 CONTINUOUS, INTEGER, CATEGORIES = range(3)
+
+
+def _log_normal(n: Tensor) -> Tensor:
+    """Logarithm of the derivative of the normal distribution function."""
+    return -n.square() / 2 - math.log(2 * math.pi) / 2
 
 
 def _kind(column: Any) -> int:
