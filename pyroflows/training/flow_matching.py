@@ -112,9 +112,9 @@ def fit_flow_matching(
     *,
     coupling: Coupling = "independent",
     validation: float | Any = 0.1,
-    steps: int = 3000,
+    steps: int = 5000,
     batch_size: int = 256,
-    lr: float = 1e-3,
+    lr: float = 5e-3,
     clip_norm: float = 5.0,
     patience: int | None = None,
     standardize: bool = True,
@@ -146,7 +146,7 @@ def fit_flow_matching(
         By default none: the loss says little about small gains, and the end of the schedule, where
         the learning rate falls to zero, brings many of them.
     steps, batch_size, lr, clip_norm, standardize, device, progress, seed
-        As in `pyroflows.fit_mle`.
+        As in `pyroflows.fit_mle`; steps are cheap here, and the loss takes a large learning rate.
 
     Returns
     -------

@@ -136,6 +136,12 @@ class InverseTransform(Transform):
     def inv(self) -> torch_transforms.Transform:
         return self.transform
 
+    def _call(self, x: Tensor) -> Tensor:
+        return self.transform._inverse(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.transform._call(y)
+
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.transform.inverse_and_ladj(x)
 
@@ -191,6 +197,16 @@ class ComposedTransform(Transform):
     @property
     def sequential_inverse(self) -> bool:  # type: ignore[override]
         return any(getattr(part, "sequential_inverse", False) for part in self.parts)
+
+    def _call(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        for part in reversed(self.parts):
+            y = part.inv(y)
+        return y
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.parts:
