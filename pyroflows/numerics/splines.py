@@ -64,16 +64,24 @@ class Bins:
         Half-width of the box.
     inverse
         Whether the points are heights.
+    closed
+        Whether the two ends belong to the box.
     """
 
     def __init__(
-        self, x: Tensor, widths: Tensor, heights: Tensor, bound: float, inverse: bool
+        self,
+        x: Tensor,
+        widths: Tensor,
+        heights: Tensor,
+        bound: float,
+        inverse: bool,
+        closed: bool = False,
     ) -> None:
         self.shape = torch.broadcast_shapes(x.shape, widths.shape[1:])
         self.x = x = x.expand(self.shape)
         self.inverse = inverse
         # Points outside are evaluated at the edge and replaced at the end, with finite gradients.
-        self.inside = x.abs() <= bound
+        self.inside = x.abs() <= bound if closed else x.abs() < bound
         point = x.clamp(-bound, bound)
         knots_x, knots_y = _knots(widths, bound), _knots(heights, bound)
         inner_knots = self._to_batch((knots_y if inverse else knots_x)[1:-1])
@@ -205,6 +213,6 @@ def rational_quadratic_spline(
     >>> rational_quadratic_spline(torch.tensor([-9.0, 0.75, 2.25]), raw, raw, raw[1:], bound=3.0)
     (tensor([-9.0000,  0.7500,  2.2500]), tensor([0., 0., 0.]))
     """
-    bins = Bins(x, widths, heights, bound, inverse)
+    bins = Bins(x, widths, heights, bound, inverse, closed=periodic)
     ends = bins.ends(knot_slopes(slopes, widths, periodic))
     return bins.map(_Quadratic(*ends, bins.mean_slope))

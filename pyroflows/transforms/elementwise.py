@@ -1,7 +1,7 @@
 """Elementwise maps: a recipe's map of every feature, and fixed maps exact far into their tails.
 
-The sigmoid, the exponential and their inverses are `IntervalTransform` on the unit interval and on
-the positive numbers.
+The sigmoid, the exponential and, by ``.inv``, the logit and the logarithm are `IntervalTransform`
+on the unit interval and on the positive numbers.
 """
 
 from __future__ import annotations
