@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -40,12 +40,9 @@ class Velocity:
         """The same field with the network's parameters and the context as constants."""
         return Velocity(self.conditioner.detach_params(keep_context))
 
-    def tensors(self) -> Iterator[Tensor]:
+    def tensors(self) -> list[Tensor]:
         """What the field depends on beside time and point."""
-        if not self.conditioner.is_constant:
-            yield from self.conditioner.network.parameters()
-        if self.conditioner.context is not None:
-            yield self.conditioner.context
+        return self.conditioner.tensors()
 
 
 class ContinuousLayer(Layer):
@@ -113,7 +110,9 @@ class ContinuousLayer(Layer):
 
     def velocity(self, context: Tensor | None = None) -> Velocity:
         """The velocity field under this context, in the layer's units."""
-        return Velocity(Conditioner(self.network, 1, context))
+        conditioner = Conditioner(self.network, 1, context)
+        # The adjoint equation evaluates the network in the backward pass.
+        return Velocity(conditioner.bound() if self.adjoint else conditioner)
 
     def forward(self, context: Tensor | None = None) -> ContinuousTransform:
         return ContinuousTransform(

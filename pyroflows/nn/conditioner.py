@@ -40,25 +40,38 @@ class Conditioner:
         self.network = network
         self.count = count
         self.context = context
-        self.is_constant = False
+        self._held: dict[str, Tensor] | None = None
+
+    def bound(self) -> Conditioner:
+        """The same function with the parameters that the network has now, also later on.
+
+        A functional call puts the network's own back when it ends; a backward pass that evaluates
+        the network comes after that.
+        """
+        bound = Conditioner(self.network, self.count, self.context)
+        bound._held = self._parameters()
+        return bound
 
     def detach_params(self, keep_context: bool = False) -> Conditioner:
         """The same function with the network's parameters and the context as constants."""
-        context = self.context
-        if context is not None and not keep_context:
-            context = context.detach()
-        detached = Conditioner(self.network, self.count, context)
-        detached.is_constant = True
+        detached = self.bound()
+        detached._held = {name: tensor.detach() for name, tensor in self._parameters().items()}
+        if self.context is not None and not keep_context:
+            detached.context = self.context.detach()
         return detached
 
+    def tensors(self) -> list[Tensor]:
+        """What the function depends on beside its argument: the parameters and the context."""
+        return [*self._parameters().values(), *([] if self.context is None else [self.context])]
+
+    def _parameters(self) -> dict[str, Tensor]:
+        return dict(self.network.named_parameters()) if self._held is None else self._held
+
     def _evaluate(self, method: str, x: Tensor) -> Any:
-        if not self.is_constant:
+        if self._held is None:
             return getattr(self.network, method)(x, self.context)
-        constants = {
-            f"network.{name}": parameter.detach()
-            for name, parameter in self.network.named_parameters()
-        }
-        return functional_call(_Method(self.network, method), constants, (x, self.context))
+        held = {f"network.{name}": tensor for name, tensor in self._held.items()}
+        return functional_call(_Method(self.network, method), held, (x, self.context))
 
     def __call__(self, x: Tensor) -> Tensor:
         params = self._evaluate("__call__", x)
