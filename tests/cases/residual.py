@@ -65,7 +65,14 @@ LAYERS = [
     layer("sylvester", pfl.SylvesterLayer, 3, rank=2, one_pass="forward", slow="inverse"),
     layer("sylvester-context", pfl.SylvesterLayer, 3, 2, rank=1, **SMALL, slow="forward"),
     layer("residual", pfl.ResidualLayer, one_pass="forward", hidden_features=(8,), slow="inverse"),
-    layer("residual-context", pfl.ResidualLayer, 3, 2, one_pass="forward", **SMALL, slow="inverse"),
+    layer(
+        "residual-context",
+        pfl.ResidualLayer,
+        *(2, 2),
+        one_pass="forward",
+        hidden_features=(8,),
+        slow="inverse",
+    ),
     layer("residual-linear", pfl.ResidualLayer, 3, 2, hidden_features=(), slow="forward"),
     layer(
         "block-order",
