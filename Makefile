@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers benchmark-density lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -15,6 +15,14 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m slow
+
+test-peers: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -m pytest -q -m peers
+
+benchmark-density: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -m tests.benchmarks.density
 
 lint: $(READY)
 	$(BIN)/ruff check .

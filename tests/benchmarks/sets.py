@@ -34,7 +34,9 @@ def plane(name: str) -> Callable[[int], Split]:
     return load
 
 
-def table(load_table: Callable[..., tuple[np.ndarray, np.ndarray]], columns: slice) -> Callable[[int], Split]:
+def table(
+    load_table: Callable[..., tuple[np.ndarray, np.ndarray]], columns: slice
+) -> Callable[[int], Split]:
     """A table of scikit-learn, standardised; a fifth of the rows to test, a fifth to stop on."""
 
     def load(seed: int) -> Split:
