@@ -247,6 +247,7 @@ def test_without_torchdiffeq(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"solver": "euler"}, "solver: expected one of .*'rk4'.*, got 'euler'"),
         ({"tolerance": 0.0}, "tolerance: expected a positive number or None, got 0.0"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"solver": "rk4", "adjoint": True}, "adjoint: needs an adaptive solver .*, got 'rk4'"),
         ({"trace": "none"}, "trace: expected 'auto', 'exact' or 'hutchinson', got 'none'"),
         ({"noise": "uniform"}, "noise: expected one of .*, got 'uniform'"),
     ],

@@ -95,7 +95,7 @@ class ContinuousLayer(Layer):
     ) -> None:
         super().__init__()
         check_sizes(features, context)
-        check_solver(solver, tolerance, steps)
+        check_solver(solver, tolerance, steps, adjoint)
         if trace not in ("auto", "exact", "hutchinson"):
             raise ValueError(f"trace: expected 'auto', 'exact' or 'hutchinson', got {trace!r}")
         if trace == "auto":

@@ -82,14 +82,16 @@ def integrate(
     >>> y.allclose(torch.tensor(-1.0).exp())
     True
     """
-    check_solver(solver, tolerance, steps)
+    check_solver(solver, tolerance, steps, adjoint_params is not None)
     if solver == "rk4" or not y.numel() or not has_values(y):
         return _fixed_grid(field, y, start, stop, steps)
     tolerance = TOLERANCES.get(y.dtype, 1e-5) if tolerance is None else tolerance
     return _adaptive(field, y, start, stop, solver, tolerance, adjoint_params)
 
 
-def check_solver(solver: Solver, tolerance: float | None, steps: int) -> None:
+def check_solver(
+    solver: Solver, tolerance: float | None, steps: int, adjoint: bool = False
+) -> None:
     """Raise unless these are a known solver that is installed, a tolerance and a step count."""
     if solver not in get_args(Solver):
         raise ValueError(f"solver: expected one of {get_args(Solver)}, got {solver!r}")
@@ -97,6 +99,8 @@ def check_solver(solver: Solver, tolerance: float | None, steps: int) -> None:
         raise ValueError(f"tolerance: expected a positive number or None, got {tolerance}")
     if steps < 1:
         raise ValueError(f"steps: expected at least 1, got {steps}")
+    if adjoint and solver == "rk4":
+        raise ValueError("adjoint: needs an adaptive solver ('dopri5' or 'dopri8'), got 'rk4'")
     if solver != "rk4":
         torchdiffeq()
 

@@ -76,7 +76,7 @@ class ContinuousTransform(Transform):
         adjoint: bool = False,
     ) -> None:
         super().__init__()
-        check_solver(solver, tolerance, steps)
+        check_solver(solver, tolerance, steps, adjoint)
         for name, value, known in (("trace", trace, Trace), ("noise", noise, Noise)):
             if value not in get_args(known):
                 raise ValueError(f"{name}: expected one of {get_args(known)}, got {value!r}")

@@ -49,6 +49,12 @@ CONTINUOUS = [
 TINY: dict[str, Any] = {"width": 4, "heads": 2, "blocks": 1}
 SPLINE = pft.RationalQuadratic(bins=4, bound=3.0)
 
+
+def transformer(features: int, context: int = 0, **options: Any) -> Case:
+    options = {"transforms": 1, "slow": "forward", **TINY, **options}
+    return flow(pf.TransformerAR, features, context, **options)
+
+
 TRANSFORMER = [
     layer("transformer", pfl.TransformerLayer, **TINY, slow="forward"),
     layer(
@@ -59,14 +65,15 @@ TRANSFORMER = [
         one_pass="forward",
         order=[2, 0, 3, 1],
         univariate=SPLINE,
-        **{**TINY, "blocks": 2},
+        **TINY,
         slow="inverse",
         bound=3.0,
     ),
-    *(flow(pf.TransformerAR, n, **TINY, slow="forward") for n in (1, 2, 5, 64)),
-    *(flow(pf.TransformerAR, n, 3, **TINY, slow="forward") for n in (1, 4)),
-    flow(pf.TransformerAR, 2, note="sampling", one_pass="forward", **TINY, slow="inverse"),
-    flow(pf.TransformerAR, 2, 3, note="mixed", mixing="lu", **TINY, slow="forward"),
+    *(transformer(n, transforms=2) for n in (2, 5)),
+    *(transformer(n) for n in (1, 64)),
+    *(transformer(n, 3) for n in (1, 4)),
+    transformer(2, note="sampling", one_pass="forward", slow="inverse"),
+    transformer(2, 3, note="mixed", mixing="lu"),
 ]
 
 CASES: list[Case] = [*CONTINUOUS, *TRANSFORMER]
