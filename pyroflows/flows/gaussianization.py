@@ -11,9 +11,8 @@ from pyroflows.distributions import Base
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stack import Mixing, mixed
 from pyroflows.flows.supports import inner_features
-from pyroflows.layers import ElementwiseLayer, Inverse, Layer
+from pyroflows.layers import Layer, MarginalGaussianization, OrthogonalLinear
 from pyroflows.nn.mlp import Activation
-from pyroflows.transforms import MixtureLogistic
 
 
 class GF(Flow):
@@ -22,8 +21,8 @@ class GF(Flow):
     The distribution functions are mixtures of logistics, taken on the logit scale and not to normal
     quantiles: so they are straight lines far out, and keep the base's tails. Either direction costs
     one pass of each of the ``transforms`` networks from the context, and none without a context;
-    the forward direction (sampling) finds a root for each feature and layer. Starts near the
-    identity.
+    the forward direction (sampling) finds a root for each feature and layer. Starts near a
+    rotation.
 
     Parameters
     ----------
@@ -36,7 +35,8 @@ class GF(Flow):
     components
         Logistic distributions in each mixture, see `pyroflows.transforms.MixtureLogistic`.
     mixing
-        What stands between the layers: by default a learned rotation; see `NSF`.
+        What stands between the layers: by default a learned rotation, random at the start; see
+        `NSF`.
     act_norm
         Whether an `ActNorm` follows each layer.
     base
@@ -70,16 +70,18 @@ class GF(Flow):
     ) -> None:
         features = inner_features(features, support)
         layers: list[Layer] = [
-            Inverse(
-                ElementwiseLayer(
-                    features,
-                    context,
-                    univariate=MixtureLogistic(components),
-                    hidden_features=hidden_features,
-                    activation=activation,
-                )
+            MarginalGaussianization(
+                features,
+                context,
+                components=components,
+                hidden_features=hidden_features,
+                activation=activation,
             )
             for _ in range(transforms)
         ]
         layers = mixed(layers, features, mixing, act_norm)
+        for layer in layers:
+            if isinstance(layer, OrthogonalLinear):
+                # Maps of single features see nothing new unless they see other directions.
+                nn.init.normal_(layer.weight)
         super().__init__(layers, features, context, base, support)

@@ -150,7 +150,7 @@ class UNAF(Flow):
         hidden_features: Sequence[int] = (64, 64),
         activation: Activation = nn.SiLU,
         units: int = 8,
-        bound: float = 5.0,
+        bound: float = 3.0,
         autoregressive: bool = True,
         mixing: Mixing = "lu",
         act_norm: bool = False,

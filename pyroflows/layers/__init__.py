@@ -6,6 +6,7 @@ from pyroflows.layers.composition import Bijection, Inverse, Sequential, ToSuppo
 from pyroflows.layers.conditioned import AutoregressiveLayer, CouplingLayer
 from pyroflows.layers.continuous import ContinuousLayer
 from pyroflows.layers.elementwise import ElementwiseLayer
+from pyroflows.layers.gaussianization import MarginalGaussianization
 from pyroflows.layers.linear import (
     ActNorm,
     InvertibleConv1x1,
@@ -34,6 +35,7 @@ __all__ = [
     "LULinear",
     "Layer",
     "LearnedPermutation",
+    "MarginalGaussianization",
     "MatrixExponential",
     "OrthogonalLinear",
     "Permutation",

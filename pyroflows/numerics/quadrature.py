@@ -17,8 +17,10 @@ def _rule(nodes: int) -> tuple[list[float], list[float]]:
     return ((1 + points) / 2).tolist(), (weights / 2).tolist()
 
 
-def gauss_legendre(function: Callable[[Tensor], Tensor], x: Tensor, nodes: int) -> Tensor:
-    r"""The integral :math:`\int_0^x f(t)\,dt` by the Gauss-Legendre rule.
+def gauss_legendre(
+    function: Callable[[Tensor], Tensor], x: Tensor, nodes: int
+) -> tuple[Tensor, Tensor]:
+    r"""The integral :math:`\int_0^x f(t)\,dt` by the Gauss-Legendre rule, and :math:`f(x)`.
 
     It is exact for polynomials of degree ``2 * nodes - 1``, and for functions that are analytic
     around the interval the error falls geometrically with the number of nodes.
@@ -26,7 +28,7 @@ def gauss_legendre(function: Callable[[Tensor], Tensor], x: Tensor, nodes: int) 
     Parameters
     ----------
     function
-        Elementwise, called once with points of shape ``(nodes, *batch)``.
+        Elementwise, called once with points of shape ``(nodes + 1, *batch)``.
     x
         Upper limits, shape ``(*batch)``.
     nodes
@@ -35,11 +37,11 @@ def gauss_legendre(function: Callable[[Tensor], Tensor], x: Tensor, nodes: int) 
     Examples
     --------
     >>> gauss_legendre(lambda t: 3 * t**2, torch.tensor([1.0, -2.0]), nodes=2)
-    tensor([ 1., -8.])
+    (tensor([ 1., -8.]), tensor([ 3., 12.]))
     """
-    shape = (nodes, *(1,) * x.dim())
     points, weights = (
-        torch.tensor(numbers, dtype=x.dtype, device=x.device).reshape(shape)
+        torch.tensor(numbers, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * x.dim())
         for numbers in _rule(nodes)
     )
-    return x * (weights * function(points * x)).sum(0)
+    values = function(torch.cat([points * x, x.unsqueeze(0)]))
+    return x * (weights * values[:-1]).sum(0), values[-1]

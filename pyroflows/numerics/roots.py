@@ -85,16 +85,18 @@ def _solve(function: Increasing, y: Tensor) -> Tensor:
     x = torch.where((x > low) & (x < high), x, (low + high) / 2)
     known = has_values(x)
     accuracy = 2 * torch.finfo(x.dtype).eps
+    rounding = 8 * accuracy * (1 + y.abs())
     for _ in range(STEPS if known else FIXED_STEPS):
         value, log_slope = function(x)
         residual = value - y
         low, high = torch.where(residual < 0, x, low), torch.where(residual < 0, high, x)
         step = -residual * (-log_slope).exp()
+        # Within the rounding of value or point, none is better than another.
+        settled = (residual.abs() <= rounding) | (step.abs() <= 4 * accuracy * (1 + x.abs()))
         # Newton's step counts where it stays inside and is at most half of the one before.
         fast = (x + step > low) & (x + step < high) & (2 * step.abs() <= previous)
         step = torch.where(fast, step, (low + high) / 2 - x)
-        # An exact zero is the root, whatever the slope.
-        step = torch.where(residual == 0, torch.zeros_like(step), step)
+        step = torch.where(settled, torch.zeros_like(step), step)
         x, previous = x + step, step.abs()
         # Not "step > ...": a NaN has nowhere to go.
         if known and not (previous > accuracy * (1 + x.abs())).any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +19,9 @@ from pyroflows.transforms.univariate import Affine
 SPREAD = 1.0
 # Components are wider than exp(-LOG_SCALE) and narrower than exp(LOG_SCALE).
 LOG_SCALE = 4.0
+# The scale of a logistic distribution with unit deviation; the least one given to rows, relative
+# to the deviation of all.
+LOGISTIC_SCALE, MIN_SCALE = math.sqrt(3) / math.pi, 0.02
 
 
 class MixtureLogisticTransform(IncreasingTransform):
@@ -70,11 +74,16 @@ class MixtureLogisticTransform(IncreasingTransform):
 def _mixture(raw: Tensor) -> MixtureLogisticTransform:
     """From raw parameters ``(3 * components, ...)``."""
     logits, means, log_scales = raw.chunk(3)
-    components = len(logits)
-    anchors = [SPREAD * (2 * k + 1 - components) / components for k in range(components)]
-    places = torch.tensor(anchors, dtype=raw.dtype, device=raw.device)
-    places = places.reshape(components, *(1,) * (raw.dim() - 1))
-    return MixtureLogisticTransform(logits, places + means, soft_clamp(log_scales, LOG_SCALE))
+    means, log_scales = means + _anchors(means), soft_clamp(log_scales, LOG_SCALE)
+    return MixtureLogisticTransform(logits, means, log_scales)
+
+
+def _anchors(means: Tensor) -> Tensor:
+    """Where the means are for raw parameters of zero, ``(components, 1, ...)``."""
+    count = len(means)
+    places = [SPREAD * (2 * k + 1 - count) / count for k in range(count)]
+    anchors = torch.tensor(places, dtype=means.dtype, device=means.device)
+    return anchors.reshape(count, *(1,) * (means.dim() - 1))
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,31 @@ class MixtureLogistic:
     def __call__(self, params: Tensor) -> Transform:
         raw, affine = params.tensor_split([3 * self.components])
         return ComposedTransform([_mixture(raw), self.affine(affine)])
+
+    def gaussianizing(self, rows: Tensor) -> Tensor:
+        """Raw parameters with which rows ``(N, features)`` become about standard normal.
+
+        Each component has the mean and the deviation of an equal share of the sorted rows; the
+        affine map takes the logistic distribution to unit variance.
+        """
+        places = torch.linspace(0, len(rows) - 1, 32 * self.components, device=rows.device)
+        groups = rows.sort(0)[0][places.round().long()].reshape(self.components, 32, -1)
+        means, scales = groups.mean(1), groups.std(1) * LOGISTIC_SCALE
+        log_scales = scales.clamp_min(MIN_SCALE * rows.std(0, correction=0)).log()
+        raw = torch.zeros_like(means[:1]).repeat(self.count, 1)
+        _, raw_means, raw_log_scales = raw[: 3 * self.components].chunk(3)
+        raw_means.copy_(means - _anchors(raw_means))
+        raw_log_scales.copy_(_soft_clamp_inverse(log_scales, LOG_SCALE))
+        raw[-1] = _soft_clamp_inverse(
+            torch.full_like(raw[-1], LOGISTIC_SCALE).log(), self.affine.max_log_scale
+        )
+        return raw
+
+
+def _soft_clamp_inverse(y: Tensor, bound: float) -> Tensor:
+    """The argument of `soft_clamp` that gives ``y``, or a value near the bound."""
+    stretch = math.pi / (2 * bound)
+    return torch.tan(y.clamp(-0.95 * bound, 0.95 * bound) * stretch) / stretch
 
 
 @dataclass(frozen=True)

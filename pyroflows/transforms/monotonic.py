@@ -12,17 +12,17 @@ from pyroflows.numerics import bounded_exp, gauss_legendre, soft_clamp, straight
 from pyroflows.transforms.increasing import IncreasingTransform
 
 LOG_SLOPE = math.log(1e3)
-# Where the units of an integrand start, and how steep they may become, in units of the box: as
-# steep as the nodes resolve.
-STEEPNESS, LOG_STEEPNESS = 5.0, math.log(2.0)
+# How steep the units of an integrand start, in units of the box, and by which factor that and their
+# weights may grow: no more than the nodes resolve.
+STEEPNESS, LOG_STEEPNESS, MAX_WEIGHT = 5.0, math.log(2.0), 2.0
 NODES = 64
 
 
 class IntegralTransform(IncreasingTransform):
-    r"""Integral of a positive function, :math:`y = t + b \int_0^{x/b} e^{s(u)}\,du`.
+    r"""Integral of a positive function, :math:`y = t + b \int_0^{x/b} f(u)\,du`.
 
-    A subclass implements ``log_slope(u)`` for :math:`u \in [-1, 1]`. Beyond the box of half-width
-    :math:`b` the map goes on along its tangents.
+    A subclass implements ``slope(u)``, positive, for :math:`u \in [-1, 1]`. Beyond the box of
+    half-width :math:`b` the map goes on along its tangents.
 
     Parameters
     ----------
@@ -40,9 +40,9 @@ class IntegralTransform(IncreasingTransform):
         self.bound = bound
         self.nodes = nodes
 
-    def log_slope(self, u: Tensor) -> Tensor:
-        """Logarithm of the slope, at places relative to the box, any shape of batch in front."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement log_slope(u)")
+    def slope(self, u: Tensor) -> Tensor:
+        """The slope at places in units of the box, elementwise, any dimensions in front."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement slope(u)")
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = x.expand(torch.broadcast_shapes(x.shape, self.shift.shape))
@@ -50,9 +50,8 @@ class IntegralTransform(IncreasingTransform):
         return self.shift + y, ladj
 
     def _inside(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        u = x / self.bound
-        rise = gauss_legendre(lambda t: self.log_slope(t).exp(), u, self.nodes)
-        return self.bound * rise, self.log_slope(u)
+        rise, slope = gauss_legendre(self.slope, x / self.bound, self.nodes)
+        return self.bound * rise, slope.log()
 
 
 class UnconstrainedMonotonicTransform(IntegralTransform):
@@ -89,12 +88,12 @@ class UnconstrainedMonotonicTransform(IntegralTransform):
         self.centres = centres
         self.steepness = steepness
 
-    def log_slope(self, u: Tensor) -> Tensor:
+    def slope(self, u: Tensor) -> Tensor:
         total = self.level
         units = zip(self.weights, self.centres, self.steepness, strict=True)
         for weight, centre, steepness in units:
             total = total + weight * torch.tanh(steepness * (u - centre))
-        return soft_clamp(total, LOG_SLOPE)
+        return bounded_exp(total, LOG_SLOPE)
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class UnconstrainedMonotonic:
     """
 
     units: int = 8
-    bound: float = 5.0
+    bound: float = 3.0
 
     def __post_init__(self) -> None:
         if self.units < 1 or self.bound <= 0:
@@ -141,7 +140,7 @@ class UnconstrainedMonotonic:
         return UnconstrainedMonotonicTransform(
             shift,
             level,
-            weights,
+            soft_clamp(weights, MAX_WEIGHT),
             start + soft_clamp(centres, 1.0),
             STEEPNESS * bounded_exp(steepness, LOG_STEEPNESS),
             self.bound,

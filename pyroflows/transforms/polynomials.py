@@ -47,21 +47,21 @@ class SumOfSquaresTransform(IntegralTransform):
         self.first = first
         self.second = second
 
-    def log_slope(self, u: Tensor) -> Tensor:
-        # T_{j+1} = 2 u T_j - T_{j-1}, and the same for U.
-        t_before, t, u_before, u_now = (
-            u,
-            torch.ones_like(u),
-            torch.zeros_like(u),
-            torch.ones_like(u),
-        )
-        p, q = self.first[0], torch.zeros_like(u)
-        for alpha, beta in zip(self.first[1:], self.second, strict=True):
-            t_before, t = t, 2 * u * t - t_before
-            p, q = p + alpha * t, q + beta * u_now
-            u_before, u_now = u_now, 2 * u * u_now - u_before
-        squares = p**2 + (1 - u) * (1 + u) * q**2
-        return (MIN_SLOPE + (1 - MIN_SLOPE) * squares).log()
+    def slope(self, u: Tensor) -> Tensor:
+        p, before = _clenshaw(self.first, u)
+        p = self.first[0] + u * p - before
+        q, before = _clenshaw(self.second, u)
+        q = self.second[0] + 2 * u * q - before
+        return MIN_SLOPE + (1 - MIN_SLOPE) * (p**2 + (1 - u) * (1 + u) * q**2)
+
+
+def _clenshaw(coefficients: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The last two sums of Clenshaw's recurrence, but for the constant term."""
+    twice = 2 * u
+    now = before = torch.zeros_like(u)
+    for coefficient in reversed(coefficients[1:].unbind(0)):
+        now, before = coefficient + twice * now - before, now
+    return now, before
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class SumOfSquares:
     """
 
     degree: int = 6
-    bound: float = 5.0
+    bound: float = 3.0
 
     def __post_init__(self) -> None:
         if self.degree < 1 or self.bound <= 0:
@@ -183,7 +183,7 @@ class Bernstein:
     """
 
     degree: int = 16
-    bound: float = 5.0
+    bound: float = 3.0
 
     def __post_init__(self) -> None:
         if self.degree < 3 or self.bound <= 0:

@@ -53,6 +53,16 @@ LAYERS = [
         slow="inverse",
         bound=3.0,
     ),
+    layer("gaussianization", pfl.MarginalGaussianization, components=3, identity=False),
+    layer(
+        "gaussianization-context",
+        pfl.MarginalGaussianization,
+        2,
+        2,
+        components=3,
+        **SMALL,
+        identity=False,
+    ),
     layer("coupling-bernstein", pfl.CouplingLayer, 3, univariate=BERNSTEIN, **SMALL, bound=3.0),
 ]
 
@@ -84,7 +94,10 @@ def root_flow(recipe: type, features: int, context: int = 0, **options: Any) -> 
 
 
 FLOWS = [
-    *(root_flow(r, n) for r, _ in RECIPES for n in (1, 2, 5, 64)),
+    *(root_flow(r, n) for r, _ in RECIPES for n in (1, 2, 5)),
+    # As couplings where they can be: 64 roots one after the other take long, and NAF finds them.
+    *(root_flow(r, 64) for r in (pf.NAF, pf.FlowPP, pf.GF)),
+    *(root_flow(r, 64, autoregressive=False) for r in (pf.UNAF, pf.SOSPF, pf.BPF)),
     *(root_flow(r, n, 3) for r, _ in RECIPES for n in (1, 4)),
     *(root_flow(r, 3, note="coupling", autoregressive=False) for r in AUTOREGRESSIVE),
     root_flow(pf.NAF, 2, note="deep", depth=2),
