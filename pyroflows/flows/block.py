@@ -57,7 +57,7 @@ class BNAF(Flow):
         context: int = 0,
         *,
         transforms: int = 3,
-        hidden_features: Sequence[int] = (8, 8),
+        hidden_features: Sequence[int] = (16, 16),
         one_pass: OnePass = "inverse",
         mixing: Mixing = "lu",
         act_norm: bool = False,

@@ -55,7 +55,7 @@ class BlockLayer(Layer):
         *,
         one_pass: OnePass = "inverse",
         order: Sequence[int] | None = None,
-        hidden_features: Sequence[int] = (8, 8),
+        hidden_features: Sequence[int] = (16, 16),
     ) -> None:
         super().__init__()
         check_sizes(features, context)

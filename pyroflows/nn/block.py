@@ -15,11 +15,13 @@ from pyroflows.nn.mlp import widths
 from pyroflows.numerics import autoregressive_mask, bounded_exp
 
 #: Slope of the activation far out; the rest of it is a hyperbolic tangent.
-LEAK = 0.1
+LEAK = 0.05
 #: Bound of the logarithm of a positive weight.
 MAX_LOG_WEIGHT = 5.0
-#: Logit of the share of the network in the output at the start.
-GATE = -2.0
+#: Log weights are this multiple of their parameters, which so learn at the speed of the others.
+LOG_RATE = 4.0
+#: Steepness of the first units at the start: their steps are told apart by their places.
+STEEPNESS = 3.0
 
 Scalar = Callable[[Tensor], tuple[Tensor, Tensor]]
 #: What the units of a layer receive from outside of their own feature, given the layer before.
@@ -39,22 +41,26 @@ class BlockLinear(nn.Module):
         Units of each group, on either side.
     context
         Size of the context (0: none), which is added linearly.
+    scale
+        Of the positive weights and of the biases at the start.
     """
 
-    def __init__(self, features: int, inputs: int, outputs: int, context: int) -> None:
+    def __init__(
+        self, features: int, inputs: int, outputs: int, context: int, scale: float = 1.0
+    ) -> None:
         super().__init__()
         group = torch.arange(features)
         out_degrees, in_degrees = group.repeat_interleave(outputs), group.repeat_interleave(inputs)
         self.earlier = MaskedLinear(autoregressive_mask(out_degrees, in_degrees + 1))
         self.context = nn.Linear(context, features * outputs, bias=False) if context else None
+        nn.init.normal_(self.earlier.bias, std=scale)
         # A mean of the group, with some noise that tells its units apart.
-        log_mean = torch.tensor(1 / inputs).log()
-        self.log_blocks = nn.Parameter(log_mean + 0.3 * torch.randn(features, outputs, inputs))
-        nn.init.normal_(self.earlier.bias)
+        self.log_blocks = nn.Parameter(0.1 * torch.randn(features, outputs, inputs))
+        self.mean_weight = scale / inputs
 
     def blocks(self) -> Tensor:
         """The positive weights, ``(features, outputs, inputs)``."""
-        return bounded_exp(self.log_blocks, MAX_LOG_WEIGHT)
+        return bounded_exp(LOG_RATE * self.log_blocks, MAX_LOG_WEIGHT) * self.mean_weight
 
     def constant(self, context: Tensor | None) -> Tensor:
         """What does not depend on the input, ``(*batch, features * outputs)``."""
@@ -69,11 +75,11 @@ class BlockNetwork(nn.Module):
 
         y = (1 - a)\, x + a\, f(x), \qquad
         f = W_L \circ \sigma \circ \cdots \circ \sigma \circ W_0, \qquad
-        \sigma(h) = 0.1\, h + 0.9 \tanh h
+        \sigma(h) = 0.05\, h + 0.95 \tanh h
 
     The weights are block triangular with positive blocks on the diagonal. The activation is onto
     the reals, and so is the output in each feature: a bounded one would cut the tails off. The gate
-    :math:`a \in (0, 1)`, one for each feature, starts at 0.12: near the identity.
+    :math:`a \in (0, 1)`, one for each feature, starts at a half.
 
     ``forward`` gives values and logarithms of slopes in one pass. ``unroll`` goes feature by
     feature, and computes each hidden unit once but for those of the feature at hand.
@@ -104,16 +110,24 @@ class BlockNetwork(nn.Module):
         self,
         features: int,
         context: int,
-        hidden_features: Sequence[int] = (8, 8),
+        hidden_features: Sequence[int] = (16, 16),
         order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("order", torch.tensor(order or range(features)))
         if sorted(self.order.tolist()) != list(range(features)):
             raise ValueError(f"order: expected a permutation of {features} features, got {order}")
-        sizes = pairwise((1, *widths(hidden_features), 1))
-        self.layers = nn.ModuleList(BlockLinear(features, *size, context) for size in sizes)
-        self.gate = nn.Parameter(torch.full((features,), GATE))
+        hidden = widths(hidden_features)
+        scales = [STEEPNESS if hidden else 1.0, *(1.0 for _ in hidden)]
+        layers = [
+            BlockLinear(features, *sizes, context, scale)
+            for sizes, scale in zip(pairwise((1, *hidden, 1)), scales, strict=True)
+        ]
+        self.gate = nn.Parameter(torch.zeros(features))
+        # Near the identity: no feature is moved by others at first.
+        for parameter in layers[-1].earlier.parameters():
+            nn.init.zeros_(parameter)
+        self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Input ``(*batch, features)``, output ``(*batch, 2 * features)``: values, log slopes."""
