@@ -49,13 +49,24 @@ def _zuko(name: str) -> Callable[[int, int], Peer]:
     return build
 
 
+class WithoutContext(nn.Module):
+    """A network as nflows calls it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, context: None = None) -> Tensor:
+        return self.network(x)
+
+
 def _nflows(features: int, hidden: int) -> Peer:
     """Coupling splines between LU maps, as in its authors' experiments."""
     from nflows import distributions, flows, transforms, utils
     from nflows.nn.nets import MLP
 
     def network(inputs: int, outputs: int) -> nn.Module:
-        return MLP([inputs], [outputs], [hidden, hidden])
+        return WithoutContext(MLP([inputs], [outputs], [hidden, hidden]))
 
     layers: list[Any] = []
     for i in range(5):
