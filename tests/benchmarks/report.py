@@ -26,13 +26,14 @@ what has no result yet and writes this page from the results; POWER needs the da
 folder that `PYROFLOWS_DATA` names. The figures come from two cores of a CPU, torch {torch}, one
 thread for each fit.
 
-All flows are fitted alike: Adam at 1e-3 with a cosine schedule, gradients clipped at a norm of 5,
-standardised data, the state of the best of 50 checks on the validation rows. POWER is a slice of
-2007, {power_steps:,} steps of 512, hidden layers (128, 128); its split is fixed, so that seeds differ
-in the fits alone. The others have {steps:,} steps of 256 and hidden layers (64, 64). A density in the
-plane has 5,000 rows to fit and 10,000 to test on. A table of scikit-learn has three fifths of its few
-rows to fit (wine 108, breast cancer 343, diabetes 266) and a fifth to test on; it has noise of 0.05
-deviations added, because its values repeat, and every seed splits it anew.
+All flows are fitted alike: Adam at 1e-3 with a cosine schedule, gradients clipped at a norm of
+5, standardised data, the state of the best of 50 checks on the validation rows. POWER is a
+slice of 2007, {power_steps:,} steps of 512, hidden layers (128, 128); its split is fixed, so
+that seeds differ in the fits alone. The others have {steps:,} steps of 256 and hidden layers
+(64, 64). A density in the plane has 5,000 rows to fit and 10,000 to test on. A table of
+scikit-learn has three fifths of its few rows to fit (wine 108, breast cancer 343, diabetes
+266) and a fifth to test on; it has noise of 0.05 deviations added, because its values repeat,
+and every seed splits it anew.
 
 """
 
@@ -66,9 +67,9 @@ def comparison() -> list[str]:
     lines = [
         "### Beside zuko and nflows",
         "",
-        "Flows of the same kind with five layers and the same number of parameters, three seeds. The",
-        "difference is ours minus theirs, with the standard error of paired differences, over rows or",
-        "over seeds, whichever is larger.",
+        "Flows of the same kind with five layers and the same number of parameters, three seeds.",
+        "The difference is ours minus theirs, with the standard error of paired differences, over",
+        "rows or over seeds, whichever is larger.",
         "",
         line("set", "ours", "nats", "peer", "nats", "difference", "CPU time, ours / peer"),
         line(*["---"] * 7),
@@ -105,8 +106,8 @@ def selection() -> list[str]:
         "### All recipes, and `select`",
         "",
         f"One seed, documented defaults. `pf.select(x, budget={BUDGET})` sees the training and",
-        "validation rows alone; its winner has had about as many steps as each recipe. The last line",
-        "is how far it stays behind the best of all recipes on the test rows.",
+        "validation rows alone; its winner has had about as many steps as each recipe. The last",
+        "line is how far it stays behind the best of all recipes on the test rows.",
         "",
     ]
     ours = [m for m in MODELS if not m.startswith(("zuko", "nflows"))]
