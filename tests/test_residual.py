@@ -345,3 +345,19 @@ def test_wrong_order_of_blocks() -> None:
         BlockLayer(3, order=[0, 1])
     with pytest.raises(ValueError, match="one_pass: expected 'forward' or 'inverse'"):
         BlockLayer(3, one_pass="both")  # type: ignore[arg-type]
+
+
+# --- precision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("features", [1, 5])
+@pytest.mark.parametrize("recipe", [pf.Planar, pf.Radial, pf.Sylvester, pf.ResidualFlow, pf.BNAF])
+def test_float32_is_near_float64(recipe: Any, features: int) -> None:
+    """At the default size, after parameters were drawn afresh."""
+    flow = recipe(features)
+    redraw_(flow, 0.3)
+    x = torch.randn(64, features)
+    with torch.no_grad():
+        single = flow().log_prob(x).double()
+        double = flow.double()().log_prob(x.double())
+    check_close("float32", single, double, 1e-4)
