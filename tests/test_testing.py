@@ -73,7 +73,8 @@ class FaultyLayer(nn.Module):
         shift = self.shift if context is None else self.shift + context
         if self.fault in ("state", "meta"):
             shift = shift + self.unseen
-        return Faulty(self, shift, self.log_scale)
+        log_scale = self.log_scale.detach() if self.fault == "unused" else self.log_scale
+        return Faulty(self, shift, log_scale)
 
 
 def transformed(check: Callable[..., None]) -> Callable[..., None]:
@@ -94,6 +95,7 @@ CHECKS: dict[str, Callable[..., None]] = {
     "defaults": testing.check_defaults,
     "memory": testing.check_copies,
     "meta": testing.check_meta,
+    "unused": testing.check_every_parameter,
     "state": lambda layer, value: testing.check_state(layer, FaultyLayer("state").double(), value),
 }
 
@@ -112,6 +114,15 @@ def test_every_check_is_tried_here() -> None:
     names = {name for name in testing.__all__ if name.startswith("check_")}
     source = Path(__file__).read_text()
     assert [name for name in names if f"testing.{name}" not in source] == []
+
+
+def test_what_cannot_matter_is_named() -> None:
+    layer, value = FaultyLayer("unused").double(), torch.randn(6, 3, dtype=F64)
+    with pytest.raises(
+        CheckError, match=r"in 1 of 2 parameters: log_scale \(FaultyLayer.log_scale"
+    ):
+        testing.check_every_parameter(layer, value)
+    testing.check_every_parameter(layer, value, idle=("FaultyLayer.log_scale",))
 
 
 def test_failure_says_where_and_how_much() -> None:
@@ -160,3 +171,19 @@ def test_redraw_uses_the_fan_in() -> None:
     double = Mixed().double()
     testing.redraw_(double, 0.5)
     torch.testing.assert_close(double.matrix.float(), module.matrix)
+
+
+@pytest.mark.parametrize("name", testing.SAMPLERS)
+def test_two_dimensional_rows_are_finite_and_reproducible(name: str) -> None:
+    rows = testing.two_dimensional(name, 2000, seed=1)
+    assert rows.shape == (2000, 2)
+    assert rows.isfinite().all()
+    assert (rows.std(0) > 0.1).all()
+    torch.manual_seed(7)
+    torch.testing.assert_close(testing.two_dimensional(name, 2000, seed=1), rows, rtol=0, atol=0)
+    assert not rows.equal(testing.two_dimensional(name, 2000, seed=2))
+
+
+def test_unknown_density() -> None:
+    with pytest.raises(ValueError, match="expected one of moons, .*, got 'moon'"):
+        testing.two_dimensional("moon", 5)

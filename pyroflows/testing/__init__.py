@@ -4,6 +4,8 @@ A *module* is a layer or a flow: ``module(context)`` gives a transform or a dist
 take values ``(N, *event)`` and contexts ``(N, context)`` or None. A check that fails raises
 `CheckError`, which reports shapes, the largest error, where it is, and how many NaNs there were.
 
+`two_dimensional` draws from densities that flows are tried on.
+
 Examples
 --------
 >>> import torch
@@ -21,6 +23,7 @@ from pyroflows.testing.modules import (
     check_copies,
     check_defaults,
     check_dtype,
+    check_every_parameter,
     check_gradients,
     check_mass,
     check_meta,
@@ -29,10 +32,12 @@ from pyroflows.testing.modules import (
     check_tails,
     check_vmap_grad,
 )
+from pyroflows.testing.samples import SAMPLERS, two_dimensional
 from pyroflows.testing.tools import CheckError, check_close, jacobian, log_density, redraw_
 from pyroflows.testing.transforms import check_fused, check_jacobian, check_round_trip
 
 __all__ = [
+    "SAMPLERS",
     "CheckError",
     "check_batching",
     "check_close",
@@ -40,6 +45,7 @@ __all__ = [
     "check_copies",
     "check_defaults",
     "check_dtype",
+    "check_every_parameter",
     "check_fused",
     "check_gradients",
     "check_jacobian",
@@ -53,4 +59,5 @@ __all__ = [
     "jacobian",
     "log_density",
     "redraw_",
+    "two_dimensional",
 ]
