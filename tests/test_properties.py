@@ -215,6 +215,26 @@ def test_gradients(case: Case) -> None:
     testing.check_gradients(case.make(0.3), case.generic(2), case.contexts(2))
 
 
+# Where there is one feature, or one component, nothing is there to be learned between them.
+ALONE = (
+    "FullNormal.factor",
+    "Householder.vectors",
+    "LULinear.factors",
+    "MaskedLinear.weight",
+    "Mixture.logits",
+    "OrthogonalLinear.weight",
+)
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.kind != "transform"], ids=lambda c: f"{c.kind}-{c.name}"
+)
+def test_every_parameter_matters(case: Case) -> None:
+    idle = ALONE if case.event_shape[0] == 1 or case.name == "mixture-one" else ()
+    module = case.make(0.3)
+    testing.check_every_parameter(module, case.data(64), case.contexts(64), idle)
+
+
 # --- precision --------------------------------------------------------------------------------
 
 

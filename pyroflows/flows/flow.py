@@ -60,6 +60,11 @@ class Flow(RecordedModule):
         self.event_shape = self.transform.forward_shape(shape)
         base = StandardNormal(shape) if base is None else base
         self.base: Base = DistributionBase(base) if isinstance(base, Distribution) else base
+        if not isinstance(self.base, Base):
+            raise TypeError(
+                "base: expected an instance of a class of pyroflows.distributions or a Pyro "
+                f"distribution, got {base!r}"
+            )
         if self.base.event_shape != shape:
             raise ValueError(
                 f"base: expected event shape {shape}, got {tuple(self.base.event_shape)}"

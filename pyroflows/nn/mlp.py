@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
 import torch
@@ -10,36 +10,63 @@ from torch import Tensor, nn
 
 Activation = Callable[[], nn.Module]
 
-#: Factor on torch's initial weights of input and context. Inputs are standardised: with it hidden
-#: units bend within the data, and densities with fine structure are learned several times faster.
-INPUT_GAIN = 3.0
-
 
 def is_residual(hidden: Sequence[int], layer: int) -> bool:
     """Whether hidden layer ``layer`` is added to the one before it: where their widths agree."""
     return layer > 0 and hidden[layer] == hidden[layer - 1]
 
 
-@torch.no_grad()
-def widen_(*linears: nn.Module | None) -> None:
-    """Multiply initial weights by `INPUT_GAIN`, in place."""
-    for linear in linears:
-        if linear is not None:
-            for parameter in linear.parameters():
-                parameter.mul_(INPUT_GAIN)
-
-
 def widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     """The hidden widths, checked."""
-    hidden = tuple(hidden_features)
+    hidden = tuple(hidden_features) if isinstance(hidden_features, Iterable) else (None,)
     if any(not isinstance(h, int) or h < 1 for h in hidden):
         raise ValueError(
-            f"hidden_features: expected positive integers, one per hidden layer, got {hidden}"
+            "hidden_features: expected positive integers, one per hidden layer, got "
+            f"{hidden_features!r}"
         )
     return hidden
 
 
-class ResidualMLP(nn.Module):
+class ZeroStart(nn.Module):
+    """A network whose output starts at zero: the flow that reads it starts as the identity.
+
+    A subclass names the linear maps that read its inputs, and those that give its outputs.
+    """
+
+    def _first(self) -> list[nn.Module | None]:
+        raise NotImplementedError
+
+    def _last(self) -> list[nn.Module | None]:
+        raise NotImplementedError
+
+    def _zero_output(self) -> None:
+        for parameter in _parameters(self._last()):
+            nn.init.zeros_(parameter)
+
+    @torch.no_grad()
+    def widen_(self, rows: int) -> None:
+        r"""Let hidden units bend as finely as so many rows tell apart, unless it was trained.
+
+        The initial weights of the :math:`d` inputs, which are standardised, grow by
+        :math:`n^{1 / (d + 4)}`, the inverse of a kernel estimate's bandwidth.
+
+        References
+        ----------
+        Scott, "Multivariate density estimation", Wiley 1992 (the bandwidth).
+        """
+        if any(parameter.any() for parameter in _parameters(self._last())):
+            return
+        weights = [parameter for parameter in _parameters(self._first()) if parameter.dim() == 2]
+        inputs = sum(weight.shape[1] for weight in weights)
+        for parameter in _parameters(self._first()):
+            parameter.mul_(rows ** (1 / (inputs + 4)))
+
+
+def _parameters(linears: list[nn.Module | None]) -> list[nn.Parameter]:
+    return [p for linear in linears if linear is not None for p in linear.parameters()]
+
+
+class ResidualMLP(ZeroStart):
     r"""Multilayer perceptron whose equal-width hidden layers are residual.
 
     .. math::
@@ -88,15 +115,13 @@ class ResidualMLP(nn.Module):
         if not features and not context:
             self.constant = nn.Parameter(torch.zeros(sizes[0]))
         self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
-        widen_(self.input, self.context)
         self._zero_output()
 
-    def _zero_output(self) -> None:
-        last = [self.layers[-1]] if len(self.layers) else [self.input, self.context]
-        for linear in last:
-            if linear is not None:
-                for parameter in linear.parameters():
-                    nn.init.zeros_(parameter)
+    def _first(self) -> list[nn.Module | None]:
+        return [self.input, self.context]
+
+    def _last(self) -> list[nn.Module | None]:
+        return [self.layers[-1]] if len(self.layers) else self._first()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Input ``(*batch, features)``, context ``(*batch, context)``; output ``(*batch, out)``."""

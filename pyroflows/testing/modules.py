@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,15 @@ from torch.distributions import Transform as TorchTransform
 from torch.func import functional_call
 
 from pyroflows.errors import ShapeError
-from pyroflows.testing.tools import CheckError, check_close, forward, log_density, relative
+from pyroflows.testing.tools import (
+    CheckError,
+    Made,
+    check_close,
+    forward,
+    inverse,
+    log_density,
+    relative,
+)
 
 
 class _LogDensity(nn.Module):
@@ -221,6 +229,67 @@ def check_gradients(module: nn.Module, value: Tensor, context: Tensor | None = N
         torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     except RuntimeError as error:
         raise CheckError(f"gradients of {tuple(value.shape)} values: {error}") from error
+
+
+def _scored(made: Made, value: Tensor) -> Tensor:
+    """One number that depends on all that a module computes from these values."""
+    if isinstance(made, Distribution):
+        return made.log_prob(value).sum()
+    z, ladj = inverse(made, value)
+    # Generic weights: a normal density would not see a rotation.
+    weights = torch.arange(z.numel(), dtype=z.dtype, device=z.device).cos().view_as(z)
+    return (weights * z).sum() + ladj.sum()
+
+
+def check_every_parameter(
+    module: nn.Module,
+    value: Tensor,
+    context: Tensor | None = None,
+    idle: Collection[str] = (),
+    tolerance: float = 1e-10,
+) -> None:
+    """Every parameter that may train has a gradient other than zero, for these values.
+
+    Parameters
+    ----------
+    module
+        With generic parameters, see `redraw_`: at the start many have no influence yet.
+    value, context
+        Enough of them to visit every part of a map.
+    idle
+        ``"Class.parameter"`` of what cannot have an influence, as weights between features have
+        none where there is one feature.
+    tolerance
+        What counts as zero, relative to the largest gradient.
+
+    Examples
+    --------
+    >>> flow, x = pf.MAF(2).double(), torch.randn(64, 2, dtype=torch.float64)
+    >>> redraw_(flow, scale=0.3)
+    >>> check_every_parameter(flow, x)
+    """
+    owned = {
+        f"{prefix}.{name}".lstrip("."): (f"{type(owner).__name__}.{name}", parameter)
+        for prefix, owner in module.named_modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.requires_grad and parameter.numel()
+    }
+    if not owned:
+        return
+    score = _scored(module(context), value)
+    leaves = [parameter for _, parameter in owned.values()]
+    gradients = torch.autograd.grad(score, leaves, materialize_grads=True)
+    sizes = [float(gradient.abs().max()) for gradient in gradients]
+    least = tolerance * max(sizes, default=0.0)
+    unused = [
+        f"{where} ({name})"
+        for (where, (name, _)), size in zip(owned.items(), sizes, strict=True)
+        if not size > least and name not in idle
+    ]
+    if unused:
+        raise CheckError(
+            f"no gradient, or NaN, in {len(unused)} of {len(owned)} parameters: {', '.join(unused)}"
+        )
 
 
 def _density(distribution: Distribution, to_support: TorchTransform, x: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ class UnconstrainedMonotonic:
     bound: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.units < 1 or self.bound <= 0:
+        if self.units < 1 or not 0 < self.bound < math.inf:
             raise ValueError(
                 f"expected at least one unit and a positive bound, got units={self.units}, "
                 f"bound={self.bound}"

@@ -89,7 +89,7 @@ class SumOfSquares:
     bound: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.degree < 1 or self.bound <= 0:
+        if self.degree < 1 or not 0 < self.bound < math.inf:
             raise ValueError(
                 f"expected a degree of at least one and a positive bound, got "
                 f"degree={self.degree}, bound={self.bound}"
@@ -186,7 +186,7 @@ class Bernstein:
     bound: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.degree < 3 or self.bound <= 0:
+        if self.degree < 3 or not 0 < self.bound < math.inf:
             raise ValueError(
                 f"expected a degree of at least 3 and a positive bound, got degree={self.degree}, "
                 f"bound={self.bound}"

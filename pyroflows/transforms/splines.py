@@ -153,7 +153,7 @@ def _where_angle(given: Tensor, angle: Tensor, ladj: Tensor) -> tuple[Tensor, Te
 
 
 def _check_box(bins: int, bound: float) -> None:
-    if bins < 1 or not bound > 0:
+    if bins < 1 or not 0 < bound < math.inf:
         raise ValueError(
             f"expected at least one bin and a positive bound, got bins={bins}, bound={bound}"
         )
