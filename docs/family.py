@@ -119,7 +119,8 @@ def fitted(name: str) -> pf.Flow:
     flow = pf.get_flow(name)(2, **OPTIONS.get(name, {}))
     x = data(name, 10_000, seed=0)
     if name == "CNF":
-        pf.fit_flow_matching(flow, x, steps=4 * STEPS, seed=0)
+        # Its steps are cheap; pairs matched by distance give it straight ways.
+        pf.fit_flow_matching(flow, x, coupling="optimal", steps=4 * STEPS, seed=0)
     else:
         pf.fit_mle(flow, x, steps=STEPS, lr=3e-3, seed=0)
     return flow
