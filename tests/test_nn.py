@@ -12,14 +12,16 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import pyroflows as pf
 from pyroflows.nn import (
     Conditioner,
     MaskedLinear,
     MaskedResidualMLP,
     RecordedModule,
     ResidualMLP,
+    ZeroStart,
 )
-from pyroflows.testing import jacobian, redraw_
+from pyroflows.testing import check_close, jacobian, redraw_
 
 F64 = torch.float64
 
@@ -216,3 +218,50 @@ def test_recorded_module_tells_its_arguments() -> None:
 
     assert Example(3, scale=2.0).arguments == {"size": 3, "scale": 2.0}
     assert Example(size=3).arguments == {"size": 3}
+
+
+# --- widening by the number of rows -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("network", "inputs"),
+    [
+        (ResidualMLP(3, 2, 4, (8, 8)), 5),
+        (ResidualMLP(0, 2, 4, (8, 8)), 2),
+        (MaskedResidualMLP(3, 2, 2, (8, 8)), 5),
+        (MaskedResidualMLP(5, 0, 2, (2,)), 5),
+    ],
+    ids=["residual", "context alone", "masked", "masked, narrow"],
+)
+def test_untrained_networks_are_widened_by_the_bandwidth(network: Any, inputs: int) -> None:
+    assert isinstance(network, ZeroStart)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    network.widen_(10_000)
+    gain = 10_000 ** (1 / (inputs + 4))
+    # The hidden layers, and the outputs, which stay zero, are left alone.
+    first = {
+        id(p) for linear in network._first() if linear is not None for p in linear.parameters()
+    }
+    for name, parameter in network.named_parameters():
+        expected = before[name] * gain if id(parameter) in first else before[name]
+        check_close(name, parameter, expected, 1e-6)
+    assert first
+
+
+def test_trained_networks_are_not_widened() -> None:
+    network = ResidualMLP(3, 0, 4)
+    redraw_(network, 1.0)
+    before = [p.detach().clone() for p in network.parameters()]
+    network.widen_(10_000)
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_fits_widen_once() -> None:
+    flow = pf.RealNVP(2, transforms=1, hidden_features=(4,))
+    weight = flow.transform.layers[0].network.input.weight
+    before = weight.detach().clone()
+    x = torch.randn(400, 2)
+    pf.fit_mle(flow, x, validation=0, steps=1, lr=1e-9)
+    check_close("first", weight, before * 400 ** (1 / 5), 1e-5)
+    pf.fit_mle(flow, x, validation=0, steps=1, lr=1e-9)
+    check_close("second", weight, before * 400 ** (1 / 5), 1e-5)

@@ -259,11 +259,22 @@ def test_data_initialise_a_gaussianization() -> None:
         layer.initialize_(y)
         x = layer(torch.zeros(2) if context else None).inv(y)
         check_close("mean", x.mean(0), torch.zeros(2), 0.2)
-        check_close("deviation", x.std(0), torch.ones(2), 0.2)
+        # A kernel's bandwidth widens each mode, which narrows what comes out.
+        check_close("deviation", x.std(0), torch.ones(2), 0.3)
         # Once only.
         before = layer(torch.zeros(2) if context else None).inv(y)
         layer.initialize_(10 * y)
         check_close("again", layer(torch.zeros(2) if context else None).inv(y), before)
+
+
+def test_rows_beyond_those_of_the_start_stay_near() -> None:
+    """Six layers from a hundred rows: new rows from the same normal are not thrown far out."""
+    torch.manual_seed(0)
+    flow = pf.GF(10)
+    flow.transform.initialize_(torch.randn(100, 10))
+    with torch.no_grad():
+        z = flow.transform.inv(torch.randn(1000, 10))
+    assert z.abs().max() < 20  # a hundred with the tails of the outermost components
 
 
 def test_constant_columns_and_few_rows_initialise_too() -> None:

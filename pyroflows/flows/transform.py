@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from pyroflows.errors import ContextError, check_dtype, check_event
 from pyroflows.layers import Inverse, Layer, Sequential, Standardization, ToSupport
 from pyroflows.layers.composition import as_layer
+from pyroflows.nn import ZeroStart
 from pyroflows.transforms import ComposedTransform, Transform
 
 
@@ -150,6 +151,9 @@ class FlowTransform(Transform, TransformModule):
         """Initialise what depends on data, layer by layer from data to base."""
         self.check_context(context)
         context = self.standardized(context)
+        for module in self.modules():
+            if isinstance(module, ZeroStart):
+                module.widen_(len(y))
         for layer in reversed(self._stack()):
             layer.initialize_(y)
             y = layer(context).inv(y)

@@ -4,12 +4,9 @@ from pyroflows.nn.arguments import RecordedModule
 from pyroflows.nn.block import BlockLinear, BlockNetwork
 from pyroflows.nn.causal import CausalTransformer
 from pyroflows.nn.conditioner import Conditioner
-from pyroflows.nn.lipschitz import (
-    LipschitzMLP,
-    contracted,
-)
+from pyroflows.nn.lipschitz import LipschitzMLP, contracted
 from pyroflows.nn.masked import MaskedLinear, MaskedResidualMLP
-from pyroflows.nn.mlp import ResidualMLP
+from pyroflows.nn.mlp import ResidualMLP, ZeroStart
 from pyroflows.nn.periodic import PeriodicMLP
 
 __all__ = [
@@ -23,5 +20,6 @@ __all__ = [
     "PeriodicMLP",
     "RecordedModule",
     "ResidualMLP",
+    "ZeroStart",
     "contracted",
 ]

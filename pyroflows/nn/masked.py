@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyroflows.nn.mlp import Activation, is_residual, widen_, widths
+from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
 
 Unrolled = Generator[Tensor, Tensor, None]
@@ -38,7 +38,7 @@ class MaskedLinear(nn.Linear):
         return functional.linear(x, self.masked_weight(), self.bias)
 
 
-class MaskedResidualMLP(nn.Module):
+class MaskedResidualMLP(ZeroStart):
     r"""Residual MADE: parameters of feature ``i`` depend on the features before it alone.
 
     Hidden layers of equal width are residual, as in `ResidualMLP`. Hidden units are sorted by
@@ -104,15 +104,13 @@ class MaskedResidualMLP(nn.Module):
         # Where the units of each degree start, layer by layer: unroll takes them in turn.
         bounds = torch.arange(features + 1)
         self._units = [torch.searchsorted(d, bounds).tolist() for d in degrees]
-        widen_(self.layers[0], self.context)
         self._zero_output()
 
-    def _zero_output(self) -> None:
-        last = [self.layers[-1], self.direct, None if self.hidden_features else self.context]
-        for linear in last:
-            if linear is not None:
-                for parameter in linear.parameters():
-                    nn.init.zeros_(parameter)
+    def _first(self) -> list[nn.Module | None]:
+        return [self.layers[0], self.context]
+
+    def _last(self) -> list[nn.Module | None]:
+        return [self.layers[-1], self.direct, None if self.hidden_features else self.context]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Input ``(*batch, features)``, output ``(*batch, count * features)``."""

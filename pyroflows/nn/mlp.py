@@ -45,7 +45,7 @@ class ZeroStart(nn.Module):
 
     @torch.no_grad()
     def widen_(self, rows: int) -> None:
-        r"""Let hidden units bend as finely as so many rows tell apart, unless it was trained.
+        r"""Let hidden units bend as finely as so many rows tell apart; not once trained, nor frozen.
 
         The initial weights of the :math:`d` inputs, which are standardised, grow by
         :math:`n^{1 / (d + 4)}`, the inverse of a kernel estimate's bandwidth.
@@ -54,11 +54,13 @@ class ZeroStart(nn.Module):
         ----------
         Scott, "Multivariate density estimation", Wiley 1992 (the bandwidth).
         """
-        if any(parameter.any() for parameter in _parameters(self._last())):
+        first, last = _parameters(self._first()), _parameters(self._last())
+        if any(parameter.any() for parameter in last):
             return
-        weights = [parameter for parameter in _parameters(self._first()) if parameter.dim() == 2]
-        inputs = sum(weight.shape[1] for weight in weights)
-        for parameter in _parameters(self._first()):
+        if not all(parameter.requires_grad for parameter in first):
+            return
+        inputs = sum(weight.shape[1] for weight in first if weight.dim() == 2)
+        for parameter in first:
             parameter.mul_(rows ** (1 / (inputs + 4)))
 
 

@@ -19,9 +19,8 @@ from pyroflows.transforms.univariate import Affine
 SPREAD = 1.0
 # Components are wider than exp(-LOG_SCALE) and narrower than exp(LOG_SCALE).
 LOG_SCALE = 4.0
-# The scale of a logistic distribution with unit deviation; the least one given to rows, relative
-# to the deviation of all.
-LOGISTIC_SCALE, MIN_SCALE = math.sqrt(3) / math.pi, 0.02
+# The scale of a logistic distribution with unit deviation.
+LOGISTIC_SCALE = math.sqrt(3) / math.pi
 
 
 class MixtureLogisticTransform(IncreasingTransform):
@@ -132,13 +131,19 @@ class MixtureLogistic:
     def gaussianizing(self, rows: Tensor) -> Tensor:
         """Raw parameters with which rows ``(N, features)`` become about standard normal.
 
-        Each component has the mean and the deviation of an equal share of the sorted rows; the
-        affine map takes the logistic distribution to unit variance.
+        One component has the mean and the deviation of all rows: the widest decides the tails, and
+        steeper ones would throw what lies beyond the rows farther out with every layer. Each of the
+        others has those of an equal share of the sorted rows, and no less than the bandwidth of a
+        kernel estimate. The affine map takes the logistic distribution to unit variance.
         """
-        places = torch.linspace(0, len(rows) - 1, 32 * self.components, device=rows.device)
-        groups = rows.sort(0)[0][places.round().long()].reshape(self.components, 32, -1)
-        means, scales = groups.mean(1), groups.std(1) * LOGISTIC_SCALE
-        log_scales = scales.clamp_min(MIN_SCALE * rows.std(0, correction=0)).log()
+        means, scales = rows.mean(0, keepdim=True), rows.std(0, correction=0, keepdim=True)
+        shares = self.components - 1
+        if shares:
+            places = torch.linspace(0, len(rows) - 1, 32 * shares, device=rows.device)
+            groups = rows.sort(0)[0][places.round().long()].reshape(shares, 32, -1)
+            local = groups.std(1).maximum(len(rows) ** -0.2 * scales)
+            means, scales = torch.cat([means, groups.mean(1)]), torch.cat([scales, local])
+        log_scales = (scales * LOGISTIC_SCALE).log()
         raw = torch.zeros_like(means[:1]).repeat(self.count, 1)
         _, raw_means, raw_log_scales = raw[: 3 * self.components].chunk(3)
         raw_means.copy_(means - _anchors(raw_means))

@@ -296,6 +296,7 @@ ELSEWHERE = {
             "nn.MaskedResidualMLP",
             "nn.RecordedModule",
             "nn.ResidualMLP",
+            "nn.ZeroStart",
         ),
         "tests/test_nn.py",
     ),
