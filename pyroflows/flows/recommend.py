@@ -9,6 +9,11 @@ from typing import Any, Literal
 from pyroflows.flows.catalogue import get_flow
 from pyroflows.flows.flow import Flow
 
+#: Fewer rows than this call for small networks.
+FEW = 1000
+#: More features than this call for few parameters each; than this, for no dense matrices.
+MANY, WIDE = 64, 500
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -78,16 +83,16 @@ def recommend(
 
 
 def _guide(features: int) -> Candidate:
-    if features > 500:
+    if features > WIDE:
         return Candidate(
             "RealNVP",
-            {"transforms": 6, "mixing": None, "act_norm": True, "max_log_scale": 1.0},
-            "affine couplings stay stable in many dimensions; dense mixing would be quadratic",
+            {"transforms": 6, "max_log_scale": 1.0, "mixing": None, "act_norm": True},
+            "affine couplings stay stable in many dimensions, where dense mixing would be costly",
         )
     return Candidate(
         "RealNVP",
         {"transforms": 6, "hidden_features": (32, 32), "max_log_scale": 1.0},
-        "one pass in either direction, as the path gradient needs",
+        "cheap and stable in both directions, as the path gradient needs",
     )
 
 
@@ -97,4 +102,27 @@ def _density(features: int, rows: int) -> Candidate:
 
 def shortlist(features: int, rows: int) -> list[Candidate]:
     """Candidates for a density of this size, the likeliest first."""
-    return [Candidate(n) for n in ("NSF", "MAF", "RealNVP")]
+    if rows < FEW:
+        few = "few rows: small networks overfit less"
+        return [
+            Candidate("MAF", {"transforms": 2, "hidden_features": (16,)}, few),
+            Candidate("MAF", {"transforms": 1, "hidden_features": ()}, few),
+            Candidate("RealNVP", {"transforms": 4, "hidden_features": (16,)}, few),
+            Candidate("NSF", {"transforms": 2, "hidden_features": (16,), "bins": 4}, few),
+            Candidate("Planar", {"transforms": 8, "mixing": "lu"}, few),
+        ]
+    if features > WIDE:
+        wide = "its cost grows with the features, not with their square"
+        plain = {"mixing": None, "act_norm": True}
+        return [Candidate(name, plain, wide) for name in ("RealNVP", "NSF", "MAF")]
+    if features > MANY:
+        many = "one pass for each layer, and few parameters for each feature"
+        return [Candidate(name, {}, many) for name in ("MAF", "NSF", "RealNVP")]
+    fine = "splines given all earlier features: the most structure for each layer"
+    return [
+        Candidate("NSF", {"autoregressive": True}, fine),
+        Candidate("NSF", {}, "both directions in one pass"),
+        Candidate("NAF", {}, "several modes in each conditional, with straight tails"),
+        Candidate("FlowPP", {}, "several modes, from couplings"),
+        Candidate("MAF", {}, "smooth dependence, few parameters"),
+    ]

@@ -45,10 +45,11 @@ class ZeroStart(nn.Module):
 
     @torch.no_grad()
     def widen_(self, rows: int) -> None:
-        r"""Let hidden units bend as finely as so many rows tell apart; not once trained, nor frozen.
+        r"""Let hidden units bend as finely as so many rows tell apart, before any training.
 
         The initial weights of the :math:`d` inputs, which are standardised, grow by
-        :math:`n^{1 / (d + 4)}`, the inverse of a kernel estimate's bandwidth.
+        :math:`n^{1 / (d + 4)}`, the inverse of a kernel estimate's bandwidth. What was trained, or
+        is frozen, stays as it is.
 
         References
         ----------

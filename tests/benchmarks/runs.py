@@ -19,7 +19,7 @@ from tests.benchmarks.sets import SETS, Split
 
 RESULTS = Path(__file__).parents[2] / "build" / "benchmarks" / "density"
 #: Steps of the selection in all; its winner gets about as many as each recipe alone.
-BUDGET = 4500
+BUDGET = 2400
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Size:
     batch_size: int
 
 
-SMALL, LARGE = Size(64, 1500, 256), Size(128, 5000, 512)
+SMALL, LARGE = Size(64, 800, 256), Size(128, 5000, 512)
 
 
 def size_of(name: str) -> Size:
