@@ -107,8 +107,8 @@ def selection() -> list[str]:
         "",
         f"One seed, documented defaults. `pf.select(x, budget={BUDGET})` sees the training and",
         "validation rows alone; its winner has had about as many steps as each recipe. The last",
-        "line is how far it stays behind the best of all recipes on the test rows. NCSF is for angles;",
-        "CNF and ResidualFlow, of which one fit takes minutes, are left out.",
+        "line is how far it stays behind the best of all recipes on the test rows. NCSF is for",
+        "angles; CNF and ResidualFlow, of which one fit takes minutes, are left out.",
         "",
     ]
     ours = [m for m in MODELS if not m.startswith(("zuko", "nflows"))]
