@@ -188,7 +188,7 @@ CATALOGUE: tuple[FlowInfo, ...] = (
         "none: elementwise maps and a rotation",
         "none, and a root for each feature",
         "every density, with very many layers",
-        "few rows or little time: it starts from the marginals",
+        "marginals far from normal, from which it starts; needs many rows",
         "Meng et al. 2020",
     ),
     FlowInfo(
