@@ -24,15 +24,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in NAM
 # Both dtypes take twice the time: in float32, one of each kind of map.
 IN_FLOAT32 = ("NSF", "MAF", "RealNVP", "IAF", "FlowPP", "student-t", "act-norm")
 
-# The rule of a quadrature is NumPy's, which the compiler does not follow: the graph is in parts.
-IN_PARTS = ("UNAF", "SOSPF")
-
 # The compiler's own modules use what torch has deprecated.
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    # The nodes of a quadrature are remembered by their number alone.
-    pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache"),
     pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning"),
 ]
 
@@ -52,15 +47,13 @@ def with_gradients(density: Any, flow: nn.Module, *inputs: Tensor) -> list[Tenso
     return [score, *torch.autograd.grad(score.sum(), wanted, materialize_grads=True)]
 
 
-def compare(
-    flow: Any, inputs: list[Tensor], density: Any, dtype: torch.dtype, whole: bool = True
-) -> None:
+def compare(flow: Any, inputs: list[Tensor], density: Any, dtype: torch.dtype) -> None:
     """``density(flow)`` compiled in a dtype against itself, eager, in float64."""
     double = copy.deepcopy(flow).double()
     expected = with_gradients(density(double), double, *[t.double() for t in inputs])
     module = copy.deepcopy(flow).to(dtype)
     torch.compiler.reset()
-    compiled = torch.compile(density(module), fullgraph=whole)
+    compiled = torch.compile(density(module), fullgraph=True)
     got = with_gradients(compiled, module, *[t.to(dtype) for t in inputs])
     names = ["density", *(f"gradient {i}" for i in range(len(got)))]
     rounding = 1e-10 if dtype == torch.float64 else 1e-4
@@ -78,7 +71,7 @@ def test_compiled_density(case: str) -> None:
     if name == "NCSF":
         x = x.remainder(2 * math.pi) - math.pi
     for dtype in (torch.float64, *((torch.float32,) if case in IN_FLOAT32 else ())):
-        compare(flow, [x], lambda f: lambda v: f().log_prob(v), dtype, name not in IN_PARTS)
+        compare(flow, [x], lambda f: lambda v: f().log_prob(v), dtype)
 
 
 @pytest.mark.parametrize("name", ["NSF", "MAF"])

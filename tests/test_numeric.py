@@ -15,7 +15,7 @@ from torch import Tensor
 import pyroflows as pf
 from pyroflows import layers as pfl
 from pyroflows import transforms as pft
-from pyroflows.numerics import gauss_legendre
+from pyroflows.numerics import gauss_legendre, legendre_rule
 from pyroflows.testing import check_close, redraw_
 from tests.cases.numeric import RECIPES
 
@@ -48,6 +48,13 @@ def test_gauss_is_exact_for_polynomials(nodes: int) -> None:
     check_close("value", value, x**degree)
     beyond = gauss_legendre(lambda t: t ** (degree + 1), x, nodes)[0]
     assert (beyond - x ** (degree + 2) / (degree + 2)).abs().max() > 1e-3
+
+
+def test_a_rule_is_made_once() -> None:
+    assert legendre_rule(3) is legendre_rule(3)
+    points, weights = legendre_rule(3)
+    assert points == pytest.approx([0.5 - 0.15**0.5, 0.5, 0.5 + 0.15**0.5])
+    assert weights == pytest.approx([5 / 18, 8 / 18, 5 / 18])
 
 
 # --- the maps -----------------------------------------------------------------------------------

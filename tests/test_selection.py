@@ -138,6 +138,12 @@ def test_selection_is_reproducible_and_leaves_the_random_state_alone() -> None:
     assert not torch.equal(first.table[0].scores, other.table[0].scores)
 
 
+def test_arrays_may_be_read_only() -> None:
+    x = correlated(100).numpy()
+    x.setflags(write=False)
+    assert pf.select(x, candidates=[GOOD], budget=2).name == "MAF"
+
+
 def test_conditional_selection() -> None:
     context = torch.randn(400, 1)
     x = torch.cat([context, -context], -1) + 0.1 * torch.randn(400, 2)

@@ -185,5 +185,5 @@ def test_two_dimensional_rows_are_finite_and_reproducible(name: str) -> None:
 
 
 def test_unknown_density() -> None:
-    with pytest.raises(ValueError, match="expected one of moons, .*, got 'moon'"):
+    with pytest.raises(ValueError, match=r"expected one of moons, .*, got 'moon'"):
         testing.two_dimensional("moon", 5)

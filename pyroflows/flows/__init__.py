@@ -14,9 +14,7 @@ from pyroflows.flows.neural import NAF, UNAF
 from pyroflows.flows.planar import Planar, Radial, Sylvester
 from pyroflows.flows.polynomial import BPF, SOSPF
 from pyroflows.flows.recommend import Candidate, recommend
-from pyroflows.flows.residual import (
-    ResidualFlow,
-)
+from pyroflows.flows.residual import ResidualFlow
 from pyroflows.flows.transform import FlowTransform
 from pyroflows.flows.transformer import TransformerAR
 

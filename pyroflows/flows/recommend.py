@@ -35,7 +35,8 @@ class Candidate:
 
     def build(self, features: int, context: int = 0, **options: Any) -> Flow:
         """The flow; further options replace the candidate's."""
-        return get_flow(self.name)(features, context, **{**self.options, **options})
+        recipe: Any = get_flow(self.name)
+        return recipe(features, context, **{**self.options, **options})
 
     def __str__(self) -> str:
         options = "".join(f", {key}={value!r}" for key, value in self.options.items())

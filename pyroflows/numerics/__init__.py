@@ -2,10 +2,14 @@
 
 from pyroflows.numerics.bounded import bounded_exp, soft_clamp
 from pyroflows.numerics.concrete import has_values
-from pyroflows.numerics.fixed_point import batched_vjp, contraction_root, value_and_jacobian
+from pyroflows.numerics.fixed_point import (
+    batched_vjp,
+    contraction_root,
+    value_and_jacobian,
+)
 from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
 from pyroflows.numerics.ode import integrate
-from pyroflows.numerics.quadrature import gauss_legendre
+from pyroflows.numerics.quadrature import gauss_legendre, legendre_rule
 from pyroflows.numerics.rational import linear_rational_spline
 from pyroflows.numerics.rng import forked_rng
 from pyroflows.numerics.roots import increasing_root
@@ -25,6 +29,7 @@ __all__ = [
     "hidden_degrees",
     "increasing_root",
     "integrate",
+    "legendre_rule",
     "linear_rational_spline",
     "rational_quadratic_spline",
     "soft_clamp",

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+# Compiled code can look a rule up, and cannot compute it: it reads through `functools.cache`.
+_RULES: dict[int, tuple[list[float], list[float]]] = {}
 
-@functools.cache
-def _rule(nodes: int) -> tuple[list[float], list[float]]:
-    """Nodes and weights on the unit interval."""
-    points, weights = np.polynomial.legendre.leggauss(nodes)
-    return ((1 + points) / 2).tolist(), (weights / 2).tolist()
+
+def legendre_rule(nodes: int) -> tuple[list[float], list[float]]:
+    """Nodes and weights of Gauss's rule on the unit interval.
+
+    What is to be compiled asks for its rule once before.
+
+    Examples
+    --------
+    >>> legendre_rule(1)
+    ([0.5], [1.0])
+    """
+    if nodes not in _RULES:
+        points, weights = np.polynomial.legendre.leggauss(nodes)
+        _RULES[nodes] = ((1 + points) / 2).tolist(), (weights / 2).tolist()
+    return _RULES[nodes]
 
 
 def gauss_legendre(
@@ -41,7 +52,7 @@ def gauss_legendre(
     """
     points, weights = (
         torch.tensor(numbers, dtype=x.dtype, device=x.device).reshape(-1, *(1,) * x.dim())
-        for numbers in _rule(nodes)
+        for numbers in legendre_rule(nodes)
     )
     values = function(torch.cat([points * x, x.unsqueeze(0)]))
     return x * (weights * values[:-1]).sum(0), values[-1]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -223,11 +224,11 @@ def _entries(
     x: Any, context: Any, candidates: Iterable[Candidate | str] | None, device: Any
 ) -> list[Entry]:
     """The candidates, built for these data."""
-    shape = torch.as_tensor(x).shape
+    shape = np.shape(x)
     if len(shape) != 2:
         raise ShapeError(f"x: expected rows (N, features), got shape {tuple(shape)}")
     rows, features = shape
-    size = 0 if context is None else torch.as_tensor(context).shape[-1]
+    size = 0 if context is None else np.shape(context)[-1]
     chosen = shortlist(features, rows) if candidates is None else list(candidates)
     chosen = [Candidate(c) if isinstance(c, str) else c for c in chosen]
     if not chosen:

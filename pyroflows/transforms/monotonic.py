@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyroflows.numerics import bounded_exp, gauss_legendre, soft_clamp, straight_tails
+from pyroflows.numerics import (
+    bounded_exp,
+    gauss_legendre,
+    legendre_rule,
+    soft_clamp,
+    straight_tails,
+)
 from pyroflows.transforms.increasing import IncreasingTransform
 
 LOG_SLOPE = math.log(1e3)
@@ -125,6 +131,7 @@ class UnconstrainedMonotonic:
                 f"expected at least one unit and a positive bound, got units={self.units}, "
                 f"bound={self.bound}"
             )
+        legendre_rule(NODES)
 
     @property
     def count(self) -> int:

@@ -10,7 +10,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from pyroflows.numerics import soft_clamp, straight_tails
+from pyroflows.numerics import legendre_rule, soft_clamp, straight_tails
 from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.monotonic import IntegralTransform
 
@@ -94,6 +94,7 @@ class SumOfSquares:
                 f"expected a degree of at least one and a positive bound, got "
                 f"degree={self.degree}, bound={self.bound}"
             )
+        legendre_rule(self.degree + 1)
 
     @property
     def count(self) -> int:

@@ -107,4 +107,5 @@ FLOWS = [
 CASES: list[Case] = [*TRANSFORMS, *LAYERS, *FLOWS]
 ELSEWHERE: dict[str, str] = {
     "numerics.gauss_legendre": "tests/test_numeric.py",
+    "numerics.legendre_rule": "tests/test_numeric.py",
 }
