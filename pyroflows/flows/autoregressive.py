@@ -51,7 +51,7 @@ class _AffineAutoregressive(Flow):
         *,
         transforms: int = 5,
         hidden_features: Sequence[int] = (64, 64),
-        activation: Activation = nn.SiLU,
+        activation: Activation = nn.GELU,
         max_log_scale: float = 2.0,
         mixing: Mixing = "lu",
         act_norm: bool = False,

@@ -265,7 +265,7 @@ def check_every_parameter(
     Examples
     --------
     >>> flow, x = pf.MAF(2).double(), torch.randn(64, 2, dtype=torch.float64)
-    >>> redraw_(flow, scale=0.3)
+    >>> pf.testing.redraw_(flow, scale=0.3)
     >>> check_every_parameter(flow, x)
     """
     owned = {
