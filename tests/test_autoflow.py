@@ -315,7 +315,8 @@ def test_modules_and_parameters_of_the_model_train_along() -> None:
     x = torch.randn(50, 1)
     y = 2.0 * x.squeeze(-1) + 1.0 + 0.3 * torch.randn(50)
     guide = pf.AutoFlow(model)
-    losses = train(model, guide, Trace_ELBO(), x, y, steps=250, lr=0.03)
+    # With a draw a step, and a scale as small as this, runs end anywhere.
+    losses = train(model, guide, Trace_ELBO(num_particles=8), x, y, steps=300, lr=0.02)
     assert losses[-20:].mean() < losses[:20].mean() - 30
     assert float(model.scale.detach()) == pytest.approx(0.3, abs=0.15)
     bias = model.linear.bias.detach() + pyro.param("shift")

@@ -355,11 +355,11 @@ def test_a_file_cannot_describe_a_distribution(tmp_path: Any) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: FullNormal((2, 2)), ValueError, "features: expected the size of a vector"),  # type: ignore[arg-type]
+        (lambda: FullNormal((2, 2)), ValueError, "expected features to be an integer, got"),  # type: ignore[arg-type]
         (lambda: UniformBox(2, 1.0, 1.0), ValueError, "expected low < high, got low=1.0"),
         (lambda: UniformBox(2, 0.0, torch.tensor([1.0, -1.0])), ValueError, "expected low < high"),
         (lambda: Mixture(2, components=0), ValueError, "expected components >= 1"),
-        (lambda: Mixture(2, -1), ValueError, "context >= 0, got components=8, context=-1"),
+        (lambda: Mixture(2, -1), ValueError, "expected context >= 0, got context=-1"),
         (lambda: DistributionBase(3), TypeError, "expected a Pyro distribution, or a function"),  # type: ignore[arg-type]
         (lambda: DistributionBase(lambda c: gumbel()), ValueError, "event_shape: expected the"),
         (

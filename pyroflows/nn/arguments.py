@@ -56,10 +56,15 @@ def _check_words(words: Mapping[str, Any]) -> None:
         widths(words["hidden_features"])
     if "activation" in words:
         _check_activation(words["activation"])
-    if "univariate" in words and not isinstance(getattr(words["univariate"], "count", None), int):
+    if "univariate" in words:
+        _check_univariate(words["univariate"])
+
+
+def _check_univariate(univariate: Any) -> None:
+    if not isinstance(getattr(univariate, "count", None), Integral):
         raise TypeError(
             "univariate: expected a recipe of scalar maps, for instance "
-            f"pyroflows.transforms.Affine(), got {words['univariate']!r}"
+            f"pyroflows.transforms.Affine(), got {univariate!r}"
         )
 
 

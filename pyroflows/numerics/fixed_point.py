@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from pyroflows.errors import InversionError
 from pyroflows.numerics.concrete import has_values
@@ -76,7 +77,7 @@ def value_and_jacobian(function: VectorFunction, x: Tensor) -> tuple[Tensor, Ten
 
 
 # Compiled code calls it as it is: unrolled, its loop would be thousands of operations.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo
 def contraction_root(
     function: VectorFunction, y: Tensor, lipschitz: float, tolerance: float | None = None
 ) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ class SylvesterTransform(Transform):
             if tanh:
                 rest = rest - (product[..., i, i + 1 :] * torch.stack(tanh, -1)).sum(-1)
             slope = slopes[..., i]
-            v, part = increasing_root(lambda v, slope=slope: _plus_tanh(v, slope), rest)
+            v, part = increasing_root(partial(_plus_tanh, slope=slope), rest)
             tanh.insert(0, v.tanh())
             ladj = ladj + part
         return y - _applied(out, torch.stack(tanh, -1)), ladj
