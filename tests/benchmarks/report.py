@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def selection() -> list[str]:
         close += nats >= max(tables[name].values()) - CLOSE
         picks.append(
             (
-                result["chosen"].replace("features, ", "").split("): ")[0],
+                re.sub(r"\): .*", ")", result["chosen"].replace("features, ", "")),
                 nats,
                 max(tables[name].values()) - nats,
             )
