@@ -6,6 +6,7 @@ from pyroflows import (
     flows,
     guides,
     layers,
+    mcmc,
     nn,
     numerics,
     training,
@@ -41,6 +42,7 @@ from pyroflows.flows import (
 )
 from pyroflows.guides import AutoFlow
 from pyroflows.io import load, save
+from pyroflows.mcmc import run_mcmc
 from pyroflows.training import fit_flow_matching, fit_mle, fit_svi, select
 
 __version__ = "0.1.0"
@@ -81,10 +83,12 @@ __all__ = [
     "layers",
     "list_flows",
     "load",
+    "mcmc",
     "nn",
     "numerics",
     "psis",
     "recommend",
+    "run_mcmc",
     "save",
     "select",
     "to_arviz",

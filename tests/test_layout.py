@@ -31,6 +31,7 @@ PARTS = [
     "guides",
     "diagnostics",
     "training",
+    "mcmc",
     "estimators",
     "io",
 ]

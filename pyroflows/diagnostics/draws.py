@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeGuard
 
@@ -75,7 +75,9 @@ def draw_posterior(
     model: Model | None,
     neutra: Any,
 ) -> Draws:
-    """Draw from a guide, or collect the draws of an MCMC run."""
+    """Draw from a guide, or collect the draws of an MCMC run; `Draws` are taken as they are."""
+    if isinstance(fitted, Draws):
+        return replace(fitted, model=fitted.model and _summed_out_shown(fitted.model))
     if isinstance(fitted, MCMC):
         return _from_mcmc(fitted, args, kwargs, model, neutra)
     if neutra is not None:

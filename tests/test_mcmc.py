@@ -1,0 +1,339 @@
+"""`run_mcmc`: exact draws, under the model's own names, and what refuses to start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import arviz as az
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro import poutine
+from torch import Tensor
+
+import pyroflows as pf
+from pyroflows.mcmc.compiled import compiled
+from pyroflows.mcmc.target import Target
+from tests.models import (
+    MIXTURE_DATA,
+    SCHOOL_ERRORS,
+    SCHOOLS,
+    eight_schools,
+    exact_gaussian_guide,
+    gaussian,
+    gaussian_data,
+    gaussian_posterior,
+    mixture,
+)
+
+SMALL = partial(pf.RealNVP, transforms=2, hidden_features=(8,), mixing="lu")
+SHORT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40, "seed": 0}
+
+
+def rough_guide(model: Callable[..., Any], *args: Any) -> pf.AutoFlow:
+    """One that has seen a few steps: its flow is far from exact, and not the identity."""
+    guide = pf.AutoFlow(model, SMALL)
+    pf.fit_svi(guide, *args, steps=60, lr=0.02, psis_samples=0, seed=0)
+    return guide
+
+
+def within_error(idata: Any, name: str, truth: Tensor, sigmas: float = 4.0) -> bool:
+    """Whether the posterior mean is within Monte Carlo error of the truth, in every entry."""
+    error = az.mcse(idata, var_names=[name])[name].values
+    apart = np.abs(idata.posterior[name].mean(("chain", "draw")).values - truth.numpy())
+    return bool((apart < sigmas * error).all())
+
+
+# --- draws ------------------------------------------------------------------------------------
+
+
+def test_draws_are_those_of_the_posterior() -> None:
+    """From a guide that is wrong: too narrow, and off by several of its standard deviations."""
+    y = gaussian_data()
+    guide = rough_guide(gaussian, y)
+    with torch.no_grad():
+        guide.flow.transform.standardization.loc += 0.5
+        guide.flow.transform.standardization.scale *= 0.5
+    idata = pf.run_mcmc(gaussian, y, guide=guide, chains=2, draws=300, warmup=150, seed=0)
+    posterior = gaussian_posterior(y)
+    assert float(az.rhat(idata)["mean"].max()) < 1.02
+    assert within_error(idata, "mean", posterior.loc)
+    draws = idata.posterior["mean"].values.reshape(-1, 2)
+    np.testing.assert_allclose(np.cov(draws.T), posterior.covariance_matrix, atol=0.03)
+
+
+def test_an_exact_guide_makes_the_target_a_standard_normal() -> None:
+    y = gaussian_data()
+    target = Target(exact_gaussian_guide(y), (y,), {})
+    z = torch.randn(50, 2)
+    constant = target.log_density(z) - target.base.log_prob(z)
+    assert float(constant.detach().std()) < 1e-4
+    _, grads = target.values_and_grads(z)
+    torch.testing.assert_close(grads, -z, atol=1e-3, rtol=1e-3)
+
+
+def test_names_dims_and_groups_of_the_export() -> None:
+    guide = rough_guide(eight_schools, SCHOOL_ERRORS, SCHOOLS)
+    idata = pf.run_mcmc(eight_schools, SCHOOL_ERRORS, SCHOOLS, guide=guide, **SHORT)
+    by_school = ("chain", "draw", "schools")
+    assert {name: v.dims for name, v in idata.posterior.data_vars.items()} == {
+        "mu": by_school[:2],
+        "tau": by_school[:2],
+        "eta": by_school,
+        "theta": by_school,
+    }
+    assert idata.posterior["eta"].shape == (2, 60, 8)
+    assert bool((idata.posterior["tau"] > 0).all())
+    assert idata.log_likelihood["y"].dims == by_school
+    assert "y" in idata.observed_data
+    stats = idata.sample_stats
+    assert set(stats.data_vars) == {
+        "lp",
+        "diverging",
+        "acceptance_rate",
+        "n_steps",
+        "step_size",
+    }
+    assert all(v.shape == (2, 60) for v in stats.data_vars.values())
+    assert stats.attrs["gradient_evaluations"] > int(stats["n_steps"].sum())
+    assert bool(((stats["acceptance_rate"] > 0) & (stats["acceptance_rate"] <= 1)).all())
+
+
+def test_lp_is_the_log_density_of_the_latents() -> None:
+    y = torch.tensor(0.7)
+
+    def model() -> None:
+        scale = pyro.sample("scale", dist.Exponential(1.0))
+        pyro.sample("y", dist.Normal(0.0, scale), obs=y)
+
+    idata = pf.run_mcmc(model, guide=rough_guide(model), **SHORT)
+    scale = torch.tensor(idata.posterior["scale"].values)
+    expected = dist.Exponential(1.0).log_prob(scale) + dist.Normal(0.0, scale).log_prob(y)
+    # In the unconstrained space, log(scale) or whatever Pyro takes for it.
+    expected = expected + scale.log()
+    np.testing.assert_allclose(idata.sample_stats["lp"].values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_constrained_sites() -> None:
+    counts = torch.tensor([3.0, 1.0, 0.0])
+
+    def model() -> None:
+        shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
+        pyro.factor("counts", (counts * shares.log()).sum(-1))
+
+    idata = pf.run_mcmc(model, guide=rough_guide(model), chains=2, draws=200, warmup=100, seed=0)
+    shares = idata.posterior["shares"]
+    np.testing.assert_allclose(shares.sum("shares_dim_0"), 1.0, rtol=1e-5)
+    assert within_error(idata, "shares", (counts + 1) / (counts + 1).sum())
+
+
+def test_enumerated_sites_are_summed_out() -> None:
+    guide = rough_guide(mixture, MIXTURE_DATA)
+    with pytest.warns(UserWarning, match="log_likelihood of"):
+        idata = pf.run_mcmc(mixture, MIXTURE_DATA, guide=guide, **SHORT)
+    assert set(idata.posterior.data_vars) == {"share", "loc"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_that_of_the_model(dtype: torch.dtype) -> None:
+    y = gaussian_data(dtype=dtype)
+    idata = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **SHORT)
+    assert idata.posterior["mean"].dtype == np.dtype(str(dtype).split(".")[1])
+
+
+def test_seeds() -> None:
+    y = gaussian_data()
+    guide = rough_guide(gaussian, y)
+    state = torch.get_rng_state()
+    options = {**SHORT, "draws": 10, "warmup": 10}
+    one, two, three = (
+        pf.run_mcmc(gaussian, y, guide=guide, **{**options, "seed": seed}).posterior["mean"].values
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (one == two).all()
+    assert (one != three).any()
+
+
+def test_without_a_guide_one_is_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    y = gaussian_data()
+    pf_fit = partial(pf.fit_svi, steps=50)
+    monkeypatch.setattr("pyroflows.mcmc.run.fit_svi", pf_fit)
+    idata = pf.run_mcmc(gaussian, y, **SHORT)
+    assert idata.sample_stats.attrs["guide_k_hat"] < 10
+    assert not pyro.get_param_store().keys(), "the guide leaves nothing in the param store"
+
+
+def test_without_preconditioning() -> None:
+    y = gaussian_data()
+    idata = pf.run_mcmc(gaussian, y, precondition=False, chains=2, draws=300, warmup=100, seed=0)
+    assert idata.sample_stats.attrs["preconditioned"] == 0
+    assert within_error(idata, "mean", gaussian_posterior(y).loc)
+
+
+def test_the_1_x_line_of_arviz() -> None:
+    xarray = pytest.importorskip("xarray")
+    pytest.importorskip("arviz_base")
+    y = gaussian_data()
+    options = {**SHORT, "draws": 10, "warmup": 10, "backend": "arviz-base"}
+    tree = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **options)
+    assert isinstance(tree, xarray.DataTree)
+    assert tree["posterior"]["mean"].shape == (2, 10, 2)
+
+
+def test_a_guide_of_a_model_with_the_same_sites_preconditions_this_one() -> None:
+    """The density is that of the model that was given, not of the guide's."""
+    y = gaussian_data()
+    guide = rough_guide(gaussian, y)
+
+    def other(y: Tensor) -> None:
+        pyro.sample("mean", dist.Normal(y.new_zeros(2) + 3, 0.1).to_event(1))
+
+    idata = pf.run_mcmc(other, y, guide=guide, chains=2, draws=100, warmup=150, seed=0)
+    assert within_error(idata, "mean", torch.full((2,), 3.0))
+
+
+def test_an_interrupted_run_returns_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pyroflows.mcmc.nuts import _Run
+
+    y = gaussian_data()
+    calls = 0
+    after_draw = _Run._after_draw
+
+    def interrupted(self: Any, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 150:
+            raise KeyboardInterrupt
+        after_draw(self, *args)
+
+    monkeypatch.setattr(_Run, "_after_draw", interrupted)
+    with pytest.warns(UserWarning, match="interrupted: 1 chains of 60 draws"):
+        idata = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **SHORT)
+    assert idata.posterior["mean"].shape == (1, 60, 2)
+
+
+# --- recorded densities -----------------------------------------------------------------------
+
+
+def quadratic(z: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        value = -(z**2).sum() * torch.linspace(1, 2, 3).exp().sum()
+        (grad,) = torch.autograd.grad(value, z)
+    return value.detach(), grad
+
+
+def test_a_recorded_function_is_the_function(caplog: pytest.LogCaptureFixture) -> None:
+    probes = torch.randn(5, 3)
+    record = compiled(quadratic, probes)
+    assert record is not quadratic
+    for z in torch.randn(5, 3):
+        for found, expected in zip(record(z), quadratic(z), strict=True):
+            torch.testing.assert_close(found, expected)
+    assert not caplog.records
+
+
+def branches(z: Tensor) -> tuple[Tensor, Tensor]:
+    return quadratic(z) if z.sum() > 0 else quadratic(2 * z)
+
+
+def outside_torch(z: Tensor) -> tuple[Tensor, Tensor]:
+    value, grad = quadratic(z)
+    return torch.tensor(float(value.numpy())), grad
+
+
+@pytest.mark.parametrize("function", [branches, outside_torch])
+def test_what_cannot_be_recorded_is_called(function: Any, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert compiled(function, torch.randn(5, 3)) is function
+    assert "cannot be recorded" in caplog.text
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+def test_no_latents() -> None:
+    def model() -> None:
+        pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match="expected latent variables"):
+        pf.run_mcmc(model, seed=0)
+
+
+def test_discrete_latents_are_named() -> None:
+    def model() -> None:
+        share = pyro.sample("share", dist.Beta(2.0, 2.0))
+        pyro.sample("member", dist.Bernoulli(share))
+
+    with pytest.raises(ValueError, match="discrete sample site 'member'"):
+        pf.run_mcmc(model, seed=0)
+
+
+def test_a_guide_of_other_sites_is_refused() -> None:
+    y = gaussian_data()
+
+    def other(y: Tensor) -> None:
+        pyro.sample("centre", dist.Normal(y.new_zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match=r"guide: expected one of this model.*centre.*mean"):
+        pf.run_mcmc(other, y, guide=rough_guide(gaussian, y), seed=0)
+    with pytest.raises(TypeError, match="guide: expected an AutoFlow, got function"):
+        pf.run_mcmc(other, y, guide=other, seed=0)  # type: ignore[arg-type]
+
+
+def test_a_start_without_density_names_the_site() -> None:
+    def model(y: Tensor) -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        pyro.sample("flat", dist.Normal(0.0, 1.0))
+        with poutine.mask(mask=True):
+            pyro.sample("broken", dist.Normal(y * scale, 1.0), obs=torch.tensor(0.0))
+
+    guide = pf.AutoFlow(model, SMALL, example_args=(torch.tensor(1.0),))
+    with pytest.raises(ValueError, match=r"cannot start.*not finite is that of \['broken'\]"):
+        pf.run_mcmc(model, torch.tensor(torch.nan), guide=guide, **SHORT)
+
+
+def test_a_random_density_is_refused() -> None:
+    data = torch.randn(20)
+
+    def model() -> None:
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 20, subsample_size=5) as rows:
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=data[rows])
+
+    with pytest.raises(ValueError, match="differently each time"):
+        pf.run_mcmc(model, guide=pf.AutoFlow(model, SMALL, example_args=()), **SHORT)
+
+
+def test_a_base_that_is_no_whole_space_is_refused() -> None:
+    y = gaussian_data()
+    box = pf.distributions.UniformBox(2, 0.0, 1.0)
+    guide = pf.AutoFlow(gaussian, pf.Flow([], 2, base=box), example_args=(y,))
+    with pytest.raises(ValueError, match="base covers the whole space"):
+        pf.run_mcmc(gaussian, y, guide=guide, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kernel": "hmc"}, r"kernel: expected one of \['nuts'\]"),
+        ({"kernel": 3}, "kernel: expected one of"),
+        ({"chains": 0}, "chains: expected an integer of at least 1, got 0"),
+        ({"draws": 2.5}, "draws: expected an integer"),
+        ({"warmup": True}, "warmup: expected an integer"),
+    ],
+)
+def test_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pf.run_mcmc(gaussian, gaussian_data(), **options)
+
+
+def test_arguments_that_the_model_does_not_take() -> None:
+    with pytest.raises(TypeError, match="does not accept the arguments given"):
+        pf.run_mcmc(gaussian)
