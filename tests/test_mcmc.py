@@ -61,7 +61,7 @@ def test_draws_are_those_of_the_posterior() -> None:
         guide.flow.transform.standardization.scale *= 0.5
     idata = pf.run_mcmc(gaussian, y, guide=guide, chains=2, draws=300, warmup=150, seed=0)
     posterior = gaussian_posterior(y)
-    assert float(az.rhat(idata)["mean"].max()) < 1.02
+    assert float(az.rhat(idata)["mean"].max()) < 1.05  # of 600 draws
     assert within_error(idata, "mean", posterior.loc)
     draws = idata.posterior["mean"].values.reshape(-1, 2)
     np.testing.assert_allclose(np.cov(draws.T), posterior.covariance_matrix, atol=0.03)
