@@ -21,6 +21,11 @@ CHUNK = 2_000
 MIN_DRAWS = 100
 #: Share of effective draws from which on all weigh about the same: k-hat then describes noise.
 EQUAL = 0.99
+#: Largest move of a mean by the weights, in deviations, and of the logarithm of a deviation, with
+#: which unweighted draws will do; and the largest distance between the halves of the draws.
+SHIFT, STRETCH, SPLIT = 0.1, 0.2, 0.25
+#: Largest share of the posterior that may lie where only other starts of a fit have been.
+MISSED = 0.01
 #: Bootstrap replicates behind the interval of k-hat.
 REPLICATES = 50
 
@@ -43,12 +48,21 @@ class PSIS:
     elbo
         Mean log weight, in nats, of the draws where it is finite; below the log evidence by the
         Kullback-Leibler divergence.
+    shift, stretch
+        How far the weights move a mean, in standard deviations, and the logarithm of a standard
+        deviation: the largest among all scalars of all sites.
+    split
+        Largest distance, in standard deviations, of a weighted mean between two halves of the
+        draws.
     log_weights
         Smoothed, normalised logarithms of the weights, shape ``(num_samples,)``.
     latents
         The draws in unconstrained space, shape ``(num_samples, D)``.
     dropped
         Draws at which the model's density was infinite or not a number; they have weight zero.
+    missed
+        Mass that other starts of the fit saw where the guide hardly draws, as a share of what the
+        guide covers; None where nobody has looked, as weights alone cannot see it.
 
     References
     ----------
@@ -62,10 +76,14 @@ class PSIS:
     log_evidence: float
     log_evidence_error: float
     elbo: float
+    shift: float
+    stretch: float
+    split: float
     log_weights: Tensor = field(repr=False)
     latents: Tensor = field(repr=False)
     dropped: int
     unpack: Callable[[Tensor], dict[str, Tensor]] = field(repr=False)
+    missed: float | None = None
 
     @property
     def num_samples(self) -> int:
@@ -81,14 +99,40 @@ class PSIS:
     def verdict(self) -> str:
         """One of "good", "use with weights" and "do not trust".
 
-        "do not trust" where k-hat is above `threshold`, "good" where at least half of the draws are
-        effective, or, whatever k-hat, where practically all of them are.
+        "do not trust" where other starts saw mass that the guide misses, where the halves of the
+        draws disagree, or where k-hat is above `threshold` and less than half of the draws are
+        effective. "good" where at least half are and the weights change next to nothing, or where
+        practically all are. k-hat alone is a warning: near-exact guides may show a large one.
         """
+        if self._warnings():
+            return "do not trust"
         if self.ess >= EQUAL * self.num_samples:
             return "good"
-        if not self.k_hat < self.threshold:
-            return "do not trust"
-        return "good" if self.ess >= 0.5 * self.num_samples else "use with weights"
+        steady = self.shift < SHIFT and self.stretch < STRETCH
+        return "good" if self.ess >= 0.5 * self.num_samples and steady else "use with weights"
+
+    def _warnings(self) -> list[str]:
+        """Why not to trust the guide, even with weights."""
+        found = []
+        if self.missed is not None and not self.missed <= MISSED:
+            share = self.missed / (1 + self.missed)
+            found.append(
+                f"about {share:.0%} of the posterior lies where the guide does not draw: a mode "
+                "that only another start has found. Give AutoFlow several components"
+            )
+        if self.ess >= EQUAL * self.num_samples:
+            return found
+        if not self.k_hat < self.threshold and self.ess < 0.5 * self.num_samples:
+            found.append(
+                "a few draws carry most of the weight: fit longer (budget=), use a larger flow, or "
+                "go on with NUTS in the guide's space (run_mcmc)"
+            )
+        if not self.split <= SPLIT:
+            found.append(
+                f"two halves of the draws differ by {self.split:.2f} deviations in a mean: the "
+                "weights are too uneven for this number of draws"
+            )
+        return found
 
     def resample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
         """Draws of the reweighted posterior with replacement, ``{site: (num_samples, ...)}``."""
@@ -102,7 +146,7 @@ class PSIS:
         advice = {
             "good": "the draws can be used as they are",
             "use with weights": "take .resample(n) instead of the draws themselves",
-            "do not trust": "fit longer, use a larger flow, or check with NUTS",
+            "do not trust": "; ".join(self._warnings()),
         }
         low, high = self.k_hat_interval
         lines = [
@@ -110,9 +154,13 @@ class PSIS:
             f"  k-hat          {self.k_hat:.2f} ({low:.2f} to {high:.2f}), "
             f"reliable below {self.threshold:.2f}",
             f"  effective      {self.ess:.0f} of {self.num_samples} draws",
+            f"  weights move   means by up to {self.shift:.2f} deviations, deviations by up to "
+            f"{math.expm1(self.stretch):.0%}; halves differ by {self.split:.2f}",
             f"  log evidence   {self.log_evidence:.3f} ± {self.log_evidence_error:.3f} nats "
             f"(ELBO {self.elbo:.3f})",
         ]
+        if self.missed is not None:
+            lines.append(f"  other starts   see {self.missed:.1%} beside what the guide covers")
         if self.dropped:
             lines.append(f"  dropped        {self.dropped} draws where the model is not a number")
         return "\n".join(lines)
@@ -203,6 +251,7 @@ def weigh(
     log_weights[usable], k_hat = _smooth(finite)
     top = finite.max()
     relative = np.exp(np.where(usable, raw, -np.inf) - top)
+    moved = _moved(unpack(latents), log_weights)
     generator = np.random.default_rng(0)
     replicates = [_smooth(generator.choice(finite, len(finite)))[1] for _ in range(REPLICATES)]
     return PSIS(
@@ -213,11 +262,42 @@ def weigh(
         log_evidence=float(top + np.log(relative.mean())),
         log_evidence_error=float(relative.std() / relative.mean() / np.sqrt(len(raw))),
         elbo=float(finite.mean()),
+        shift=moved[0],
+        stretch=moved[1],
+        split=moved[2],
         log_weights=torch.as_tensor(log_weights),
         latents=latents,
         dropped=int((~usable & ~np.isneginf(raw)).sum()),
         unpack=unpack,
     )
+
+
+def _moved(values: dict[str, Tensor], log_weights: np.ndarray) -> tuple[float, float, float]:
+    """How far weights move means and deviations, and halves of the draws lie apart.
+
+    The largest of all scalars; infinite where draws with weight are not finite.
+    """
+    weights = np.exp(log_weights)
+    used = weights > 0
+    rows = np.concatenate(
+        [v.detach().double().cpu().numpy().reshape(len(v), -1) for v in values.values()], 1
+    )[used]
+    weights = weights[used, None]
+    if not np.isfinite(rows).all() or len(rows) < 4:
+        return math.inf, math.inf, math.inf
+    # What is the same in all draws, such as a corner of a Cholesky factor, has nothing to compare.
+    rows = rows[:, np.ptp(rows, axis=0) > 1e-12 * np.abs(rows).max(0)]
+    if not rows.shape[1]:
+        return 0.0, 0.0, 0.0
+    plain, mean = rows.mean(0), (weights * rows).sum(0)
+    deviation = np.sqrt((weights * (rows - mean) ** 2).sum(0))
+    halves = [(w * r).sum(0) / w.sum() for w, r in ((weights[i::2], rows[i::2]) for i in range(2))]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = np.abs(mean - plain) / deviation
+        stretch = np.abs(np.log(rows.std(0) / deviation))
+        split = np.abs(halves[0] - halves[1]) / deviation
+    largest = (np.nan_to_num(a, nan=np.inf).max() for a in (shift, stretch, split))
+    return tuple(map(float, largest))  # type: ignore[return-value]
 
 
 def _smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:

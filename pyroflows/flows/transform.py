@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import ContextError, check_dtype, check_event
-from pyroflows.layers import Inverse, Layer, Sequential, Standardization, ToSupport
+from pyroflows.layers import Inverse, Layer, Sequential, Standardization, ToSupport, Whitening
 from pyroflows.layers.composition import as_layer
 from pyroflows.nn import ZeroStart
 from pyroflows.transforms import ComposedTransform, Transform
@@ -50,7 +50,7 @@ class FlowTransform(Transform, TransformModule):
         self.context_size = context
         self.layers = nn.ModuleList(as_layer(layer) for layer in layers)
         self.to_support = None if support is None else ToSupport(support)
-        self.standardization = Standardization(self.event_shape)
+        self.standardization: Standardization = Standardization(self.event_shape)
         self.context_standardization = Standardization((context,)) if context else None
         self._place = self._place_of_standardization()
 
@@ -124,6 +124,19 @@ class FlowTransform(Transform, TransformModule):
         context = self.standardized(context)
         after = [layer(context) for layer in self._steps()[self._place :]]
         return ComposedTransform(after).inverse_and_ladj(y)[0]
+
+    def whiten_(self, rank: int | None = None) -> Whitening:
+        """Give the standardization correlations, of any covariance or of a lower rank.
+
+        Its location and scale stay. The event must be a vector.
+        """
+        if len(self.event_shape) != 1:
+            raise ValueError(f"whiten_: expected a vector event, got {tuple(self.event_shape)}")
+        before = self.standardization
+        whitening = Whitening(*self.event_shape, rank).to(before.loc)
+        whitening.set_(before.loc, before.scale)
+        self.standardization = whitening
+        return whitening
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
         return self.condition(self.any_context()).forward_shape(shape)

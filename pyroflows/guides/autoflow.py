@@ -28,6 +28,8 @@ from pyroflows.numerics import forked_rng, sum_rightmost
 from pyroflows.transforms import ComposedTransform
 from pyroflows.transforms.base import call_and_ladj
 
+#: Most latents whose correlations a guide starts with.
+DENSE = 200
 #: Draws behind `AutoFlow.median` and `AutoFlow.quantiles`.
 QUANTILE_DRAWS = 10_000
 
@@ -198,6 +200,8 @@ class AutoFlow(AutoContinuous):
         flow.to(dtype=loc.dtype, device=loc.device)
         standardization = flow.transform.standardization
         if standardization.is_identity():
+            if self.latent_dim <= DENSE:
+                standardization = flow.transform.whiten_()
             standardization.set_(loc, self._init_scale)
         self._modules["flow"] = flow
         self._make_flow = None

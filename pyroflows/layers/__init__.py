@@ -15,6 +15,7 @@ from pyroflows.layers.linear import (
     MatrixExponential,
     Permutation,
     Standardization,
+    Whitening,
 )
 from pyroflows.layers.orthogonal import Householder, OrthogonalLinear
 from pyroflows.layers.planar import PlanarLayer, RadialLayer, SylvesterLayer
@@ -47,4 +48,5 @@ __all__ = [
     "SylvesterLayer",
     "ToSupport",
     "TransformerLayer",
+    "Whitening",
 ]

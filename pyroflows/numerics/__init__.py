@@ -1,5 +1,6 @@
 """Pure functions on tensors."""
 
+from pyroflows.numerics.ascent import ascend
 from pyroflows.numerics.bounded import bounded_exp, soft_clamp
 from pyroflows.numerics.concrete import has_values
 from pyroflows.numerics.fixed_point import (
@@ -13,12 +14,15 @@ from pyroflows.numerics.quadrature import gauss_legendre, legendre_rule
 from pyroflows.numerics.rational import linear_rational_spline
 from pyroflows.numerics.rng import forked_rng
 from pyroflows.numerics.roots import increasing_root
+from pyroflows.numerics.score_matching import batch_and_match
 from pyroflows.numerics.splines import rational_quadratic_spline
 from pyroflows.numerics.sums import sum_rightmost
 from pyroflows.numerics.tails import straight_tails
 
 __all__ = [
+    "ascend",
     "autoregressive_mask",
+    "batch_and_match",
     "batched_vjp",
     "binary_code",
     "bounded_exp",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -47,6 +47,9 @@ class Loop:
         Whether to show a bar; None for only in interactive use.
     title, unit
         What the bar says, and what it calls the loss.
+    save, resume
+        Called with the state of the loop at every check, and such a state to go on from: nested
+        dictionaries of tensors and numbers.
     """
 
     loss: Callable[..., Tensor]
@@ -62,6 +65,8 @@ class Loop:
     title: str
     unit: str = "nats"
     history: History = field(default_factory=History)
+    save: Callable[[dict[str, Any]], None] | None = None
+    resume: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -95,8 +100,11 @@ class Loop:
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=fused)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        skipped = stale = 0
-        for step in range(1, self.steps + 1):
+        first = skipped = stale = 0
+        if self.resume is not None:
+            first, skipped, stale = self._load(self.resume, optimizer, schedule)
+            bar.update(first)
+        for step in range(first + 1, self.steps + 1):
             if self._step(optimizer):
                 schedule.step()
                 skipped = 0
@@ -114,6 +122,8 @@ class Loop:
                 stale = 0 if improved else stale + 1
                 now, best = self.history.checks[-1][1], self.history.best[1]
                 bar.set_postfix({self.unit: f"{now:.3f}", "best": f"{best:.3f}"})
+                if self.save is not None:
+                    self.save(self._state(optimizer, schedule, step, skipped, stale))
                 if self.patience is not None and stale >= self.patience:
                     return f"the loss has not improved for {stale} checks"
         return "all steps were done"
@@ -142,6 +152,31 @@ class Loop:
         if value == value:
             self._best = (value, [p.detach().clone() for p in self.parameters])
         return True
+
+    def _state(self, optimizer: Any, schedule: Any, *counts: int) -> dict[str, Any]:
+        """All that the next step depends on."""
+        return {
+            "counts": list(counts),
+            "parameters": [p.detach().clone() for p in self.parameters],
+            "best": self._best and list(self._best),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "history": asdict(self.history),
+            "random": torch.get_rng_state(),
+        }
+
+    @torch.no_grad()
+    def _load(self, state: dict[str, Any], optimizer: Any, schedule: Any) -> tuple[int, int, int]:
+        """Go back to a state; the counts of steps, of skipped ones and of stale checks."""
+        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+        self._best = state["best"] and (state["best"][0], state["best"][1])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        self.history.restore(state["history"])
+        torch.set_rng_state(state["random"])
+        step, skipped, stale = state["counts"]
+        return step, skipped, stale
 
     @torch.no_grad()
     def _restore(self) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -11,7 +12,8 @@ from pyroflows.errors import FitError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 
-Estimator = Literal["stl", "total"]
+Estimator = Literal["stl", "total", "iw", "renyi", "forward"]
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
 class NegativeLogLikelihood(nn.Module):
@@ -36,12 +38,16 @@ class NegativeLogLikelihood(nn.Module):
 
 
 class NegativeELBO(nn.Module):
-    r"""Monte Carlo estimate of the negative evidence lower bound, in nats, over all draws at once.
+    r"""Monte Carlo estimate of a negative bound on the log evidence, in nats, over many draws.
 
-    .. math:: \frac1S \sum_s \left[\log q(u_s) - \log p(x, u_s)\right], \qquad u_s \sim q
+    With weights :math:`w_s = p(x, u_s) / q(u_s)` of draws :math:`u_s \sim q` it is
 
-    Draws at which the model's density is zero or not a number are left out and counted in
-    ``dropped``.
+    .. math:: -\frac1S \sum_s \log w_s, \qquad
+        -\frac{1}{1 - \alpha} \log \frac1S \sum_s w_s^{1 - \alpha},
+
+    the evidence lower bound or, for :math:`\alpha < 1`, Renyi's bound, which is tighter and for
+    :math:`\alpha = 0` the importance-weighted one. Draws at which the model's density is zero or
+    not a number are left out and counted in ``dropped``.
 
     Parameters
     ----------
@@ -51,17 +57,25 @@ class NegativeELBO(nn.Module):
         Number of draws :math:`S`.
     estimator
         ``"stl"`` for the path gradient (sticking the landing; one inverse pass more), which has no
-        variance left where the guide is exact; ``"total"`` for the plain reparameterised one.
+        variance left where the guide is exact; ``"total"`` for the plain reparameterised one;
+        ``"iw"`` and ``"renyi"`` for the importance-weighted and Renyi's bound with
+        :math:`\alpha = 1/2`, by doubly reparameterised path gradients; ``"forward"`` for the
+        gradient of :math:`KL(p \| q)` by the draws' own weights, which widens a guide that is too
+        narrow; its value is the ELBO's.
 
     References
     ----------
-    Roeder, Wu and Duvenaud, "Sticking the landing", NeurIPS 2017.
+    Roeder, Wu and Duvenaud, "Sticking the landing", NeurIPS 2017; Burda, Grosse and Salakhutdinov,
+    "Importance weighted autoencoders", ICLR 2016; Li and Turner, "Renyi divergence variational
+    inference", NeurIPS 2016; Tucker, Lawson, Gu and Maddison, "Doubly reparameterized gradient
+    estimators", ICLR 2019.
     """
 
     def __init__(self, guide: AutoFlow, draws: int = 64, estimator: Estimator = "stl") -> None:
         super().__init__()
-        if estimator not in ("stl", "total"):
-            raise ValueError(f"estimator: expected 'stl' or 'total', got {estimator!r}")
+        if estimator not in ESTIMATORS:
+            expected = ", ".join(map(repr, ESTIMATORS))
+            raise ValueError(f"estimator: expected one of {expected}, got {estimator!r}")
         if draws < 1:
             raise ValueError(f"draws: expected at least 1, got {draws}")
         self.guide = guide
@@ -76,6 +90,8 @@ class NegativeELBO(nn.Module):
         kwargs = kwargs or {}
         q = self.guide.get_posterior(*args, **kwargs)
         latents, log_q = q.rsample_and_log_prob((self.draws,))
+        if self.estimator == "forward":
+            latents, log_q = latents.detach(), log_q.detach()
         log_p = self.guide.log_joint(latents, *args, **kwargs)
         usable = log_p.isfinite() & log_q.isfinite()
         if not usable.all():
@@ -88,6 +104,30 @@ class NegativeELBO(nn.Module):
             # Evaluated again without them: a masked NaN would still spoil the gradients.
             latents, log_q = latents[usable], log_q[usable]
             log_p = self.guide.log_joint(latents, *args, **kwargs)
+        if self.estimator == "total":
+            return (log_q - log_p).mean()
+        if self.estimator == "forward":
+            return _forward(log_p.detach() - log_q, log_p, q.log_prob(latents))
+        log_weights = log_p - q.detach_params().log_prob(latents)
         if self.estimator == "stl":
-            log_q = q.detach_params().log_prob(latents)
-        return (log_q - log_p).mean()
+            return -log_weights.mean()
+        return -_renyi_bound(log_weights, 0.0 if self.estimator == "iw" else 0.5)
+
+
+def _renyi_bound(log_weights: Tensor, alpha: float) -> Tensor:
+    """The bound, with the gradient of weights whose dependence on parameters is only by draws."""
+    powers = (1 - alpha) * log_weights.detach()
+    share = powers.softmax(0)
+    value = (powers.logsumexp(0) - math.log(len(powers))) / (1 - alpha)
+    # The score function's part, rewritten by the draws, turns shares into this mixture.
+    mixture = alpha * share + (1 - alpha) * share.square()
+    surrogate = (mixture * log_weights).sum()
+    return value + surrogate - surrogate.detach()
+
+
+def _forward(log_weights: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The cross entropy of the weighted draws, with the value of the negative ELBO."""
+    share = log_weights.softmax(0)
+    # What parameters of the model gain is the evidence under the same weights.
+    surrogate = -(share * (log_q + log_p)).sum()
+    return surrogate - surrogate.detach() - log_weights.mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,19 @@ class History:
         """Step and value of the lowest checked loss; NaN where there is none."""
         numbers = [(step, value) for step, value in self.checks if value == value]
         return min(numbers, key=lambda check: check[1], default=(0, float("nan")))
+
+    def extend(self, later: History) -> None:
+        """Append what a further round has recorded."""
+        before = len(self.losses)
+        self.losses += later.losses
+        self.checks += [(before + step, value) for step, value in later.checks]
+        self.skipped += later.skipped
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Take over what was stored of a history."""
+        self.losses[:] = stored["losses"]
+        self.checks[:] = [(step, value) for step, value in stored["checks"]]
+        self.skipped = stored["skipped"]
 
 
 @dataclass

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from itertools import repeat
 from typing import Any, cast
 
@@ -12,12 +15,19 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflows.diagnostics.psis import MIN_DRAWS, psis
+from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, psis
 from pyroflows.guides import AutoFlow
 from pyroflows.numerics import forked_rng
+from pyroflows.training.checkpoint import Checkpoint
 from pyroflows.training.loop import Loop
 from pyroflows.training.losses import Estimator, NegativeELBO
-from pyroflows.training.result import SVIFit
+from pyroflows.training.result import History, SVIFit
+from pyroflows.training.start import Density, Gaussians, find_start, missed_mass
+
+#: Steps of the first round; each further one has twice as many.
+FIRST_ROUND = 400
+#: Draws behind the decision to end.
+LOOK = 2000
 
 
 def fit_svi(
@@ -25,11 +35,15 @@ def fit_svi(
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
     estimator: Estimator = "stl",
-    draws: int = 64,
-    steps: int = 2000,
+    draws: int = 128,
+    starts: int = 16,
+    budget: int = 2800,
+    enough: float = 0.9,
+    steps: int | None = None,
     lr: float = 3e-3,
     clip_norm: float = 100.0,
     psis_samples: int = 10_000,
+    checkpoint: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
     seed: int | None = None,
@@ -38,13 +52,21 @@ def fit_svi(
 
     .. math:: \max_q\; E_q[\log p(x, u) - \log q(u)]
 
-    All draws of a step are evaluated at once, by default with the path gradient; Adam with a
-    cosine schedule and clipped gradients. Parameters of the model train along. Interrupted by
-    Ctrl-C it returns what it has. Pyro's own ``SVI(model, guide, optim, Trace_ELBO()).step`` works
-    on the same guide.
+    First Gaussians: from many starts at once, each ascends to a mode and is matched to the scores
+    of the posterior (see `pyroflows.numerics.batch_and_match`). The best becomes the flow's
+    standardization, so that its layers begin where the posterior has mean zero and unit covariance;
+    of many regressions it is all that is needed. Then the flow, in rounds of 400, 800, 1,600 steps,
+    until enough of the draws are effective: Adam with a cosine schedule and clipped gradients, all
+    draws of a step evaluated at once. Last the report, for which the other starts are looked at
+    again: mass that they see and the guide does not is named. Interrupted by Ctrl-C it returns what
+    it has. Pyro's own ``SVI(model, guide, optim, Trace_ELBO()).step`` works on the same guide.
 
-    One step costs one forward pass of the flow, one evaluation of the model and, with ``"stl"``,
-    one inverse pass, and their gradients.
+    A model with parameters of its own trains them along, with the whole budget. Where the model
+    scores the same draw differently each time (minibatches), there is neither start nor early end.
+    A guide that has been trained keeps its place unless a Gaussian is better.
+
+    One step costs one forward pass of the flow, one evaluation of the model and, with path
+    gradients, one inverse pass, and their gradients. The start costs about two hundred evaluations.
 
     Parameters
     ----------
@@ -55,13 +77,25 @@ def fit_svi(
     model_kwargs
         The model's keyword arguments.
     estimator
-        ``"stl"`` or ``"total"``, see `pyroflows.training.NegativeELBO`.
+        ``"stl"``, ``"total"``, ``"iw"``, ``"renyi"`` or ``"forward"``, see
+        `pyroflows.training.NegativeELBO`.
     draws
         Draws per step.
-    steps, lr, clip_norm
+    starts
+        Points that ascend: the guide's own, the others at random; 0 for no Gaussian start.
+    budget
+        Most steps in all; 0 for the Gaussian alone.
+    enough
+        Share of effective draws at which to end.
+    steps
+        So many steps in one round instead, whatever the draws' effectiveness.
+    lr, clip_norm
         Of the optimiser.
     psis_samples
         Draws for the report on the result; 0 for no report.
+    checkpoint
+        File that keeps the state of the fit; where it exists, the fit goes on from there, on the
+        CPU to the same result as without interruption.
     device
         Where to move the guide and the model's arguments; by default where they are.
     progress
@@ -78,6 +112,14 @@ def fit_svi(
     ------
     FitError
         If the model has no finite density where the guide is, or gradients stay infinite.
+    ValueError
+        For a checkpoint of another fit.
+
+    References
+    ----------
+    Agrawal, Sheldon and Domke, "Advances in black-box VI", NeurIPS 2020; Zhang, Carpenter, Gelman
+    and Vehtari, "Pathfinder: parallel quasi-Newton variational inference", JMLR 2022; Cai et al.,
+    "Batch and match", ICML 2024.
 
     Examples
     --------
@@ -86,10 +128,9 @@ def fit_svi(
     ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
     ...     with pyro.plate("rows", len(y)):
     ...         pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
-    >>> y = torch.full((8,), 0.5)
-    >>> fit = pf.fit_svi(pf.AutoFlow(model), y, steps=100, lr=0.01, seed=0)
-    >>> fit.stop_reason
-    'all steps were done'
+    >>> fit = pf.fit_svi(pf.AutoFlow(model), torch.full((8,), 0.5), seed=0)
+    >>> fit.stop_reason, fit.psis.verdict
+    ('a Gaussian was enough', 'good')
     """
     if not isinstance(guide, AutoFlow):
         raise TypeError(
@@ -98,44 +139,172 @@ def fit_svi(
         )
     if psis_samples and psis_samples < MIN_DRAWS:
         raise ValueError(f"psis_samples: expected 0 or at least {MIN_DRAWS}, got {psis_samples}")
+    for name, count in {"starts": starts, "budget": budget}.items():
+        if count < 0:
+            raise ValueError(f"{name}: expected at least 0, got {count}")
+    if not 0 < enough <= 1:
+        raise ValueError(f"enough: expected a share above 0, up to 1, got {enough}")
     kwargs = dict(model_kwargs or {})
     if device is not None:
         guide.to(device)
         args, kwargs = _moved(args, device), _moved(kwargs, device)
-    with forked_rng(seed) if seed is not None else nullcontext():
+    rounds = _rounds(budget) if steps is None else [steps]
+    with forked_rng(seed) if seed is not None or checkpoint is not None else nullcontext():
         guide.register(*args, **kwargs)
-        loss = NegativeELBO(guide, draws, estimator)
-        loop = Loop(
-            loss=loss,
-            batches=repeat((args, kwargs)),
-            parameters=_parameters(loss, args, kwargs),
-            steps=steps,
-            lr=lr,
-            clip_norm=clip_norm,
-            check=None,
-            check_every=max(1, steps // 20),
-            patience=None,
+        fit = _SVI(
+            guide,
+            args,
+            kwargs,
+            loss=NegativeELBO(guide, draws, estimator),
+            rounds=rounds,
+            enough=enough if steps is None else None,
+            optimizer={"lr": lr, "clip_norm": clip_norm},
             progress=progress,
-            title=f"{guide.name} by SVI",
+            checkpoint=None if checkpoint is None else Checkpoint(checkpoint, guide.latent_shapes),
         )
-        reason, seconds = loop.run()
-        report = None
-        if psis_samples:
-            report = psis(guide, *args, model_kwargs=kwargs, num_samples=psis_samples)
-    return SVIFit(loop.history, reason, seconds, psis=report, dropped=loss.dropped)
+        fit.run(starts)
+        return SVIFit(
+            fit.history,
+            fit.reason,
+            fit.seconds,
+            psis=fit.report(psis_samples) if psis_samples else None,
+            dropped=fit.loss.dropped,
+        )
 
 
-def _parameters(loss: NegativeELBO, args: Any, kwargs: Any) -> list[Tensor]:
-    """The guide's trainable parameters and those that the model asks Pyro for."""
+def _rounds(budget: int) -> list[int]:
+    """Numbers of steps, doubling, with what is left in the last; they add up to the budget."""
+    rounds: list[int] = []
+    while budget > 0:
+        rounds.append(min(budget, FIRST_ROUND * 2 ** len(rounds)))
+        budget -= rounds[-1]
+    return rounds
+
+
+@dataclass
+class _SVI:
+    """The stages of one fit, and what is known between them."""
+
+    guide: AutoFlow
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    loss: NegativeELBO
+    rounds: list[int]
+    enough: float | None
+    optimizer: dict[str, float]
+    progress: bool | None
+    checkpoint: Checkpoint | None
+    history: History = field(default_factory=History)
+    gaussians: Gaussians | None = None
+    reason: str = "a Gaussian was enough"
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.density = Density(self.guide, self.args, self.kwargs)
+        self.parameters, alone = _parameters(self.loss, self.args, self.kwargs)
+        self.is_random = self.density.is_random()
+        # Only a density that stands still can be compared with the guide.
+        self.adaptive = self.enough is not None and alone and not self.is_random
+
+    def run(self, starts: int) -> None:
+        """Find a start and train in rounds, from the checkpoint on where there is one."""
+        state = self.checkpoint and self.checkpoint.load()
+        if state:
+            self._load(state)
+        else:
+            self._start(starts)
+        done = state["round"] if state else 0
+        for number in range(done, len(self.rounds)):
+            resume = state["loop"] if state and number == done else None
+            share = self._effective_share() if self.adaptive and resume is None else 0.0
+            if self.enough is not None and share >= self.enough:
+                return
+            if not self._train(number, share, resume):
+                return
+
+    def _start(self, starts: int) -> None:
+        if starts and not self.is_random:
+            began = time.perf_counter()
+            self.gaussians = find_start(self.density, starts)
+            self.seconds += time.perf_counter() - began
+
+    def _train(self, number: int, share: float, resume: dict[str, Any] | None) -> bool:
+        """One round; whether to go on."""
+        effective = f" (ESS {share:.0%})" if self.adaptive else ""
+        loop = Loop(
+            loss=self.loss,
+            batches=repeat((self.args, self.kwargs)),
+            parameters=self.parameters,
+            steps=self.rounds[number],
+            check=None,
+            check_every=max(1, self.rounds[number] // 20),
+            patience=None,
+            progress=self.progress,
+            title=f"{self.guide.name}, round {number + 1}/{len(self.rounds)}{effective}",
+            unit="-ELBO",
+            save=None if self.checkpoint is None else lambda loop: self._save(number, loop),
+            resume=resume,
+            **self.optimizer,  # type: ignore[arg-type]
+        )
+        self.reason, seconds = loop.run()
+        self.history.extend(loop.history)
+        self.seconds += seconds
+        return self.reason == "all steps were done"
+
+    @torch.no_grad()
+    def _effective_share(self) -> float:
+        q = self.guide.get_posterior(*self.args, **self.kwargs)
+        latents, log_q = q.rsample_and_log_prob((LOOK,))
+        log_p = self.guide.log_joint(latents, *self.args, **self.kwargs)
+        log_weights = log_p - log_q
+        log_weights = log_weights[log_weights.isfinite()]
+        return float(1 / (LOOK * log_weights.softmax(0).square().sum())) if len(log_weights) else 0
+
+    def report(self, draws: int) -> PSIS:
+        """The weights of the guide's draws, and the mass that only the other starts see."""
+        report = psis(self.guide, *self.args, model_kwargs=self.kwargs, num_samples=draws)
+        if self.gaussians is None:
+            return report
+        missed = missed_mass(self.density, self.gaussians, report.log_evidence)
+        return replace(report, missed=missed)
+
+    # --- checkpoints --------------------------------------------------------------------------
+
+    def _save(self, number: int, loop: dict[str, Any]) -> None:
+        if self.checkpoint is not None:
+            gaussians = self.gaussians and vars(self.gaussians)
+            self.checkpoint.save(
+                {
+                    "round": number,
+                    "loop": loop,
+                    "guide": self.guide.state_dict(),
+                    "gaussians": gaussians,
+                    "history": asdict(self.history),
+                    "dropped": self.loss.dropped,
+                    "seconds": self.seconds,
+                }
+            )
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.guide.load_state_dict(state["guide"])
+        self.gaussians = state["gaussians"] and Gaussians(**state["gaussians"])
+        self.history.restore(state["history"])
+        self.loss.dropped = state["dropped"]
+        self.seconds = state["seconds"]
+
+
+def _parameters(loss: NegativeELBO, args: Any, kwargs: Any) -> tuple[list[Tensor], bool]:
+    """The guide's trainable parameters and those of the model; whether the model has none."""
     with torch.no_grad(), poutine.trace(param_only=True) as capture:
         loss(args, kwargs)
     loss.dropped = 0  # that was no step of training
     found: list[Tensor] = [p for p in loss.guide.parameters() if p.requires_grad]
+    own = len(found)
     for name in capture.trace.nodes:
         parameter: Tensor = cast("Any", pyro.param(name)).unconstrained()
         if parameter.requires_grad and all(parameter is not known for known in found):
             found.append(parameter)
-    return found
+    return found, len(found) == own
 
 
 def _moved(value: Any, device: torch.device | str) -> Any:

@@ -22,6 +22,7 @@ from pyroflows.transforms.elementwise import (
 from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
+    LowRankAffineTransform,
     LUTransform,
     MatrixExponentialTransform,
     PermutationTransform,
@@ -103,6 +104,7 @@ __all__ = [
     "LeakyReLUTransform",
     "LinearRational",
     "LinearRationalTransform",
+    "LowRankAffineTransform",
     "MatrixExponentialTransform",
     "MixtureLogistic",
     "MixtureLogisticTransform",
