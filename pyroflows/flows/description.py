@@ -195,9 +195,8 @@ def _state(flow: Flow) -> Record:
     for name, tensor in flow.state_dict(keep_vars=True).items():
         shared.setdefault(id(tensor), []).append(name)
     modes = flow.named_modules()
-    standardization = flow.transform.standardization
     return {
-        "whitening": getattr(standardization, "rank", None),
+        "whitening": isinstance(flow.transform.standardization, layers.Whitening),
         "dtype": str(flow.dtype).removeprefix("torch."),
         "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
         "tied": [names for names in shared.values() if len(names) > 1],
@@ -245,8 +244,8 @@ def build(record: Record) -> Flow:
     if not isinstance(flow, Flow):
         raise SavedFileError(f"flow: expected a flow, got {type(flow).__name__}. {DAMAGED}")
     flow.to(dtype=DTYPES[dtype])
-    if record.get("whitening") is not None:
-        _call(flow.transform.whiten_, [field(record, "whitening", int)], {}, "whitening")
+    if record.get("whitening"):
+        _call(flow.transform.whiten_, [], {}, "whitening")
     _tie(flow, record)
     known = {
         "frozen": {name for name, _ in flow.named_parameters()},

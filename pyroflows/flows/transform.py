@@ -125,15 +125,12 @@ class FlowTransform(Transform, TransformModule):
         after = [layer(context) for layer in self._steps()[self._place :]]
         return ComposedTransform(after).inverse_and_ladj(y)[0]
 
-    def whiten_(self, rank: int | None = None) -> Whitening:
-        """Give the standardization correlations, of any covariance or of a lower rank.
-
-        Its location and scale stay. The event must be a vector.
-        """
+    def whiten_(self) -> Whitening:
+        """Give the standardization of a vector event correlations; location and scale stay."""
         if len(self.event_shape) != 1:
             raise ValueError(f"whiten_: expected a vector event, got {tuple(self.event_shape)}")
         before = self.standardization
-        whitening = Whitening(*self.event_shape, rank).to(before.loc)
+        whitening = Whitening(*self.event_shape).to(before.loc)
         whitening.set_(before.loc, before.scale)
         self.standardization = whitening
         return whitening

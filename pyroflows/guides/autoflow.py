@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from pyroflows.distributions import FlowDistribution
 from pyroflows.errors import LocalLatentError, check_event
 from pyroflows.flows import Flow
-from pyroflows.guides.default import default_flow
+from pyroflows.guides.default import DENSE, default_flow
 from pyroflows.guides.deltas import LatentDeltas
 from pyroflows.guides.log_joint import LogJoint
 from pyroflows.guides.param_store import adopt, claim
@@ -28,8 +28,6 @@ from pyroflows.numerics import forked_rng, sum_rightmost
 from pyroflows.transforms import ComposedTransform
 from pyroflows.transforms.base import call_and_ladj
 
-#: Most latents whose correlations a guide starts with.
-DENSE = 200
 #: Draws behind `AutoFlow.median` and `AutoFlow.quantiles`.
 QUANTILE_DRAWS = 10_000
 

@@ -6,6 +6,9 @@ from pyroflows.flows import Flow, RealNVP
 from pyroflows.layers import CouplingLayer, LULinear
 from pyroflows.transforms import Affine, RationalQuadratic
 
+#: Most latents whose correlations a guide starts with.
+DENSE = 200
+
 
 def default_flow(features: int) -> Flow:
     """The flow that `AutoFlow` takes when none is given: one pass in either direction.

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from pyroflows.layers.base import Layer, check_sizes
 from pyroflows.transforms import (
     DiagonalAffineTransform,
-    LowRankAffineTransform,
     LUTransform,
     MatrixExponentialTransform,
     PermutationTransform,
     PixelwiseTransform,
     Transform,
+    TriangularAffineTransform,
 )
 
 
@@ -289,65 +289,43 @@ class Standardization(Layer):
 
 
 class Whitening(Standardization):
-    r"""Fixed affine map with correlations, :math:`y = \text{loc} + \text{scale} \odot A x`.
-
-    .. math:: A = I + W (\operatorname{diag}(\text{stretch}) - I) W^\top
+    r"""Fixed affine map with correlations, :math:`y = \text{scale} \odot L x + \text{loc}`.
 
     The identity from construction. Guides set it to the Gaussian that fits their posterior best, so
-    that their layers work where that has mean zero and unit covariance; see
-    `LowRankAffineTransform`.
+    that their layers work where that has mean zero and unit covariance.
 
     Parameters
     ----------
     features
         Size of the event.
-    rank
-        Number of directions; by default one for each feature, for any covariance.
 
     Examples
     --------
     >>> whitening = Whitening(2)
     >>> whitening.set_covariance_(torch.zeros(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
-    >>> whitening().inv(torch.tensor([2.0, 0.0])).round(decimals=4)
-    tensor([ 1.1154, -0.2989])
+    >>> whitening().inv(torch.tensor([2.0, 0.5]))
+    tensor([1., 0.])
     """
 
-    directions: Tensor
-    stretch: Tensor
+    factor: Tensor
 
-    def __init__(self, features: int, rank: int | None = None) -> None:
+    def __init__(self, features: int) -> None:
         super().__init__((features,))
         check_sizes(features, 0)
-        self.rank = features if rank is None else rank
-        if not 0 <= self.rank <= features:
-            raise ValueError(f"rank: expected 0 to {features}, the features, got {rank}")
-        self.register_buffer("directions", torch.eye(features, self.rank))
-        self.register_buffer("stretch", torch.ones(self.rank))
+        self.register_buffer("factor", torch.eye(features))
 
     def forward(self, context: Tensor | None = None) -> Transform:
-        return LowRankAffineTransform(
-            self.loc, self.scale.log(), self.directions, self.stretch.log()
-        )
-
-    @torch.no_grad()
-    def stretch_(self, directions: Tensor, stretch: Tensor) -> None:
-        """Set orthonormal directions, in units of the scale, and their (positive) stretches."""
-        if not (stretch > 0).all():
-            raise ValueError(f"stretch: expected positive numbers, got {stretch}")
-        self.directions.copy_(directions)
-        self.stretch.copy_(stretch)
+        return TriangularAffineTransform(self.scale.unsqueeze(-1) * self.factor, self.loc)
 
     @torch.no_grad()
     def set_covariance_(self, loc: Tensor, covariance: Tensor) -> None:
-        """Set the location and, at full rank, the covariance of a mapped standard normal."""
-        if self.rank < len(self.loc):
-            raise ValueError(f"covariance: expected one of rank {self.rank}; use set_ and stretch_")
-        scale = covariance.diagonal().sqrt()
-        variances, directions = torch.linalg.eigh(covariance / torch.outer(scale, scale))
-        # Rounding may leave the least variances of a nearly singular covariance at zero.
-        least = torch.finfo(variances.dtype).eps * len(scale)
+        """Set the mean and the covariance that a standard normal gets."""
+        factor = torch.linalg.cholesky(covariance)
+        scale = factor.norm(dim=-1)
         self.set_(loc, scale)
-        self.stretch_(directions, variances.clamp_min(least).sqrt())
+        self.factor.copy_(factor / scale.unsqueeze(-1))
 
     def is_identity(self) -> bool:
-        return super().is_identity() and bool((self.stretch == 1).all())
+        return super().is_identity() and torch.equal(
+            self.factor, torch.eye(len(self.loc)).to(self.factor)
+        )

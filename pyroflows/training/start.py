@@ -167,7 +167,7 @@ def find_start(density: Density, count: int) -> Gaussians | None:
     Returns all that were found; None where the guide cannot take a covariance.
     """
     whitening = density.guide.flow.transform.standardization
-    if not isinstance(whitening, Whitening) or whitening.rank < len(whitening.loc):
+    if not isinstance(whitening, Whitening):
         return None
     gaussians = find_gaussians(density, starting_points(density.guide, count))
     before = copy.deepcopy(whitening.state_dict())

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import repeat
 from typing import Any, cast
 
@@ -196,15 +197,32 @@ class _SVI:
     checkpoint: Checkpoint | None
     history: History = field(default_factory=History)
     gaussians: Gaussians | None = None
-    reason: str = "a Gaussian was enough"
+    reason: str = "only the start was asked for"
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.density = Density(self.guide, self.args, self.kwargs)
-        self.parameters, alone = _parameters(self.loss, self.args, self.kwargs)
+        parameters, alone = _parameters(self.loss, self.args, self.kwargs)
+        # All at once, so that settings out of range are named before anything is done.
+        self.loops = [self._loop(steps, parameters) for steps in self.rounds]
         self.is_random = self.density.is_random()
         # Only a density that stands still can be compared with the guide.
         self.adaptive = self.enough is not None and alone and not self.is_random
+
+    def _loop(self, steps: int, parameters: list[Tensor]) -> Loop:
+        return Loop(
+            loss=self.loss,
+            batches=repeat((self.args, self.kwargs)),
+            parameters=parameters,
+            steps=steps,
+            check=None,
+            check_every=max(1, steps // 20),
+            patience=None,
+            progress=self.progress,
+            title=self.guide.name,
+            unit="-ELBO",
+            **self.optimizer,  # type: ignore[arg-type]
+        )
 
     def run(self, starts: int) -> None:
         """Find a start and train in rounds, from the checkpoint on where there is one."""
@@ -214,10 +232,13 @@ class _SVI:
         else:
             self._start(starts)
         done = state["round"] if state else 0
-        for number in range(done, len(self.rounds)):
+        for number in range(done, len(self.loops)):
             resume = state["loop"] if state and number == done else None
             share = self._effective_share() if self.adaptive and resume is None else 0.0
             if self.enough is not None and share >= self.enough:
+                self.reason = (
+                    f"{share:.0%} of the draws are effective" if number else "a Gaussian was enough"
+                )
                 return
             if not self._train(number, share, resume):
                 return
@@ -230,22 +251,12 @@ class _SVI:
 
     def _train(self, number: int, share: float, resume: dict[str, Any] | None) -> bool:
         """One round; whether to go on."""
+        loop = self.loops[number]
+        loop.resume = resume
+        if self.checkpoint is not None:
+            loop.save = partial(self._save, number)
         effective = f" (ESS {share:.0%})" if self.adaptive else ""
-        loop = Loop(
-            loss=self.loss,
-            batches=repeat((self.args, self.kwargs)),
-            parameters=self.parameters,
-            steps=self.rounds[number],
-            check=None,
-            check_every=max(1, self.rounds[number] // 20),
-            patience=None,
-            progress=self.progress,
-            title=f"{self.guide.name}, round {number + 1}/{len(self.rounds)}{effective}",
-            unit="-ELBO",
-            save=None if self.checkpoint is None else lambda loop: self._save(number, loop),
-            resume=resume,
-            **self.optimizer,  # type: ignore[arg-type]
-        )
+        loop.title = f"{self.guide.name}, round {number + 1} of {len(self.loops)}{effective}"
         self.reason, seconds = loop.run()
         self.history.extend(loop.history)
         self.seconds += seconds

@@ -22,11 +22,11 @@ from pyroflows.transforms.elementwise import (
 from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
-    LowRankAffineTransform,
     LUTransform,
     MatrixExponentialTransform,
     PermutationTransform,
     PixelwiseTransform,
+    TriangularAffineTransform,
 )
 from pyroflows.transforms.mixture import (
     DeepSigmoidal,
@@ -104,7 +104,6 @@ __all__ = [
     "LeakyReLUTransform",
     "LinearRational",
     "LinearRationalTransform",
-    "LowRankAffineTransform",
     "MatrixExponentialTransform",
     "MixtureLogistic",
     "MixtureLogisticTransform",
@@ -125,6 +124,7 @@ __all__ = [
     "SylvesterTransform",
     "TanhTransform",
     "Transform",
+    "TriangularAffineTransform",
     "UnconstrainedMonotonic",
     "UnconstrainedMonotonicTransform",
     "Univariate",

@@ -1,4 +1,4 @@
-"""Linear maps: permutation, elementwise affine, LU, low rank, matrix exponential, pixelwise."""
+"""Linear maps: permutation, elementwise affine, LU, triangular, matrix exponential, pixelwise."""
 
 from __future__ import annotations
 
@@ -103,54 +103,48 @@ class LUTransform(Transform):
         return x.reshape(y.shape), -self.log_diagonal.sum().expand(y.shape[:-1])
 
 
-class LowRankAffineTransform(Transform):
-    r"""Affine map that stretches along a few directions, :math:`y = l + s \odot A x`.
+class TriangularAffineTransform(Transform):
+    r"""Dense affine map by a lower triangular matrix, :math:`y = L x + b`.
 
-    .. math:: A = I + W (\operatorname{diag}(e^{d}) - I) W^\top, \qquad W^\top W = I
-
-    ``log|det|`` is the sum of :math:`\log s` and :math:`d`. Each direction costs two products with
-    the :math:`D \times k` matrix :math:`W`; with :math:`k = D` the map of a standard normal may
-    have any covariance.
+    ``log|det|`` is the sum of the diagonal's logarithms. Forward is one matrix product, the inverse
+    one triangular solve. With :math:`L` a Cholesky factor it gives a standard normal any
+    covariance.
 
     Parameters
     ----------
-    loc, log_scale
-        :math:`l` and :math:`\log s`, shape ``(features,)``.
-    directions
-        :math:`W`, orthonormal columns, shape ``(features, k)``.
-    log_stretch
-        :math:`d`, shape ``(k,)``.
+    factor
+        :math:`L`, shape ``(features, features)``: the diagonal is positive, what lies above it is
+        not read.
+    bias
+        :math:`b`, shape ``(features,)``.
 
     Examples
     --------
-    >>> half = torch.full((2, 1), 0.5).sqrt()
-    >>> stretch = LowRankAffineTransform(torch.zeros(2), torch.zeros(2), half, torch.ones(1))
-    >>> stretch(torch.tensor([1.0, 1.0])), stretch(torch.tensor([1.0, -1.0]))
-    (tensor([2.7183, 2.7183]), tensor([ 1., -1.]))
+    >>> factor = torch.tensor([[2.0, 0.0], [1.0, 1.0]])
+    >>> TriangularAffineTransform(factor, torch.zeros(2))(torch.ones(2))
+    tensor([2., 2.])
     """
 
     domain = constraints.real_vector
     codomain = constraints.real_vector
 
-    def __init__(
-        self, loc: Tensor, log_scale: Tensor, directions: Tensor, log_stretch: Tensor
-    ) -> None:
+    def __init__(self, factor: Tensor, bias: Tensor) -> None:
         super().__init__()
-        self.loc = loc
-        self.log_scale = log_scale
-        self.directions = directions
-        self.log_stretch = log_stretch
+        self.factor = factor
+        self.bias = bias
 
-    def _stretched(self, x: Tensor, log_stretch: Tensor) -> Tensor:
-        return x + ((x @ self.directions) * log_stretch.expm1()) @ self.directions.mT
+    def _log_det(self, like: Tensor) -> Tensor:
+        return self.factor.diagonal().log().sum().expand(like.shape[:-1])
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = self._stretched(x, self.log_stretch) * self.log_scale.exp() + self.loc
-        return y, (self.log_scale.sum() + self.log_stretch.sum()).expand(y.shape[:-1])
+        y = x @ self.factor.tril().mT + self.bias
+        return y, self._log_det(y)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        x = self._stretched((y - self.loc) * (-self.log_scale).exp(), -self.log_stretch)
-        return x, -(self.log_scale.sum() + self.log_stretch.sum()).expand(y.shape[:-1])
+        # One matrix of right-hand sides: batch dimensions would repeat the solve.
+        rhs = (y - self.bias).reshape(-1, y.shape[-1])
+        x = torch.linalg.solve_triangular(self.factor.mT, rhs, upper=True, left=False)
+        return x.reshape(y.shape), -self._log_det(y)
 
 
 class MatrixExponentialTransform(Transform):

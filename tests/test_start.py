@@ -1,0 +1,161 @@
+"""The Gaussian start of a guide: ascents, score matching, several modes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+import pyroflows as pf
+from pyroflows.numerics import ascend, batch_and_match
+from pyroflows.training.start import Density, find_gaussians, find_start, missed_mass
+from tests.models import gaussian, gaussian_data, gaussian_posterior
+
+
+def normal(size: int, condition: float) -> MultivariateNormal:
+    """With deviations spread over so many orders of magnitude, strongly correlated."""
+    generator = torch.Generator().manual_seed(1)
+    rotation, _ = torch.linalg.qr(torch.randn(size, size, generator=generator).double())
+    scale = torch.logspace(0, math.log10(condition), size, dtype=torch.float64)
+    loc = 10 * torch.randn(size, generator=generator).double()
+    return MultivariateNormal(loc, rotation * scale**2 @ rotation.mT)
+
+
+def scores(target: MultivariateNormal, z: Tensor) -> Tensor:
+    return -(z - target.loc) @ target.precision_matrix
+
+
+def test_batch_and_match_is_exact_for_a_gaussian_at_a_large_rate() -> None:
+    target = normal(5, 1e3)
+    draws = torch.randn(20, 5, dtype=torch.float64)
+    found = batch_and_match(
+        torch.zeros(5).double(), torch.eye(5).double(), draws, scores(target, draws), 1e12
+    )
+    assert torch.allclose(found[0], target.loc, rtol=1e-4)
+    assert torch.allclose(found[1], target.covariance_matrix, rtol=1e-4)
+
+
+def test_batch_and_match_solves_its_quadratic_equation() -> None:
+    r"""At any rate the covariance satisfies :math:`\Sigma U \Sigma + \Sigma = V`."""
+    generator = torch.Generator().manual_seed(0)
+    z, g = torch.randn(2, 7, 4, generator=generator).double()
+    loc, before, rate = torch.ones(4).double(), torch.eye(4).double(), 3.0
+    _, after = batch_and_match(loc, before, z, g, rate)
+    share = rate / (1 + rate)
+    u = rate * g.T.cov(correction=0) + share * torch.outer(g.mean(0), g.mean(0))
+    away = loc - z.mean(0)
+    v = before + rate * z.T.cov(correction=0) + share * torch.outer(away, away)
+    assert torch.allclose(after @ u @ after + after, v, rtol=1e-10)
+
+
+def test_batch_and_match_commutes_with_affine_maps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, g = torch.randn(2, 9, 3, generator=generator).double()
+    matrix = torch.randn(3, 3, generator=generator).double() * torch.tensor([0.01, 1.0, 100.0])
+    loc, covariance = batch_and_match(torch.zeros(3).double(), torch.eye(3).double(), z, g, 2.0)
+    mapped = batch_and_match(
+        torch.zeros(3).double(), matrix @ matrix.mT, z @ matrix.mT, g @ matrix.inverse(), 2.0
+    )
+    assert torch.allclose(mapped[0], matrix @ loc, rtol=1e-8)
+    assert torch.allclose(mapped[1], matrix @ covariance @ matrix.mT, rtol=1e-8)
+
+
+def test_ascents_of_one_batch_arrive_each_at_its_own_maximum() -> None:
+    def bumps(x: Tensor) -> tuple[Tensor, Tensor]:
+        return -((x**2 - 4) ** 2).sum(-1), -4 * x * (x**2 - 4)
+
+    starts = torch.tensor([[3.0, -1.0], [-50.0, 0.5], [1.0, 1.0], [2.0, -2.0]]).double()
+    *_, last = ascend(bumps, starts, 100)
+    assert torch.allclose(last, 2 * starts.sign(), atol=0.02)
+
+
+def test_ascents_turn_back_from_where_there_is_no_density() -> None:
+    def positive(x: Tensor) -> tuple[Tensor, Tensor]:
+        values = torch.where(x > 0, x.log() - x, -math.inf).sum(-1)
+        return values, torch.where(x > 0, 1 / x - 1, 0.0)
+
+    *_, last = ascend(positive, torch.tensor([[20.0], [1e-3], [-1.0]]).double(), 100)
+    assert torch.allclose(last[:2], torch.ones(2, 1).double(), atol=0.15)  # 0.003 nats
+    assert last[2] == -1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_badly_scaled_gaussian_posterior_is_matched(dtype: torch.dtype) -> None:
+    target = normal(6, 1e4 if dtype == torch.float64 else 1e2)
+
+    def model() -> None:
+        loc, factor = target.loc.to(dtype), target.scale_tril.to(dtype)
+        pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=factor))
+
+    guide = pf.AutoFlow(model, example_args=())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert find_start(Density(guide, (), {}), 4) is not None
+    whitening = guide.flow.transform.standardization
+    root = (whitening.scale.unsqueeze(-1) * whitening.factor).double()
+    relative = torch.linalg.solve_triangular(target.scale_tril, root, upper=False)
+    assert torch.allclose(relative @ relative.mT, torch.eye(6).double(), atol=0.05)
+    assert ((whitening.loc - target.loc).abs() < 0.02 * target.stddev).all()
+
+
+def two_modes(share: float) -> Any:
+    """Twenty deviations apart."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+        log_p = [
+            math.log(weight) + dist.Normal(torch.tensor([side, 0.0]), 1.0).to_event(1).log_prob(z)
+            for weight, side in ((share, -10.0), (1 - share, 10.0))
+        ]
+        pyro.factor("density", torch.logaddexp(*log_p))
+
+    return model
+
+
+def test_both_modes_are_found_and_the_one_without_draws_is_named() -> None:
+    guide = pf.AutoFlow(two_modes(0.3), example_args=())
+    fit = pf.fit_svi(guide, seed=0, budget=0, progress=False)
+    assert fit.psis.ess > 0.9 * fit.psis.num_samples  # the weights see nothing
+    assert fit.psis.missed == pytest.approx(0.3 / 0.7, rel=0.1)
+    assert fit.psis.verdict == "do not trust"
+    assert "30% of the posterior lies where the guide does not draw" in str(fit)
+
+
+def test_a_mode_without_mass_is_no_reason_for_distrust() -> None:
+    guide = pf.AutoFlow(two_modes(1e-6), example_args=())
+    report = pf.fit_svi(guide, seed=0, budget=0, progress=False).psis
+    print(report)
+    assert report.missed < 1e-4
+    assert report.verdict == "good"
+
+
+def test_what_the_guide_covers_is_not_missed() -> None:
+    y = gaussian_data(dtype=torch.float64)
+    guide = pf.AutoFlow(gaussian, example_args=(y,))
+    density = Density(guide, (y,), {})
+    posterior = gaussian_posterior(y)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        points = posterior.loc + torch.randn(8, len(posterior.loc), dtype=torch.float64)
+        found = find_gaussians(density, points)
+        guide.flow.transform.standardization.set_covariance_(found.loc[0], found.covariance[0])
+        assert len(found.loc) == 1
+        assert missed_mass(density, found, found.elbo[0].item()) == 0.0
+
+
+def test_a_trained_guide_keeps_its_place() -> None:
+    y = gaussian_data()
+    guide = pf.AutoFlow(gaussian, example_args=(y,))
+    pf.fit_svi(guide, y, seed=0, progress=False, psis_samples=0)
+    before = {k: v.clone() for k, v in guide.state_dict().items()}
+    pf.fit_svi(guide, y, seed=1, budget=0, progress=False, psis_samples=0)
+    after = guide.state_dict()
+    changed = [k for k in before if not torch.equal(before[k], after[k])]
+    # Another run may find a Gaussian that is better by noise, but the layers stay.
+    assert all("standardization" in k for k in changed)
