@@ -130,7 +130,6 @@ def test_both_modes_are_found_and_the_one_without_draws_is_named() -> None:
 def test_a_mode_without_mass_is_no_reason_for_distrust() -> None:
     guide = pf.AutoFlow(two_modes(1e-6), example_args=())
     report = pf.fit_svi(guide, seed=0, budget=0, progress=False).psis
-    print(report)
     assert report.missed < 1e-4
     assert report.verdict == "good"
 
@@ -155,7 +154,4 @@ def test_a_trained_guide_keeps_its_place() -> None:
     pf.fit_svi(guide, y, seed=0, progress=False, psis_samples=0)
     before = {k: v.clone() for k, v in guide.state_dict().items()}
     pf.fit_svi(guide, y, seed=1, budget=0, progress=False, psis_samples=0)
-    after = guide.state_dict()
-    changed = [k for k in before if not torch.equal(before[k], after[k])]
-    # Another run may find a Gaussian that is better by noise, but the layers stay.
-    assert all("standardization" in k for k in changed)
+    assert all(torch.equal(before[name], value) for name, value in guide.state_dict().items())

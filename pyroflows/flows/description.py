@@ -244,7 +244,7 @@ def build(record: Record) -> Flow:
     if not isinstance(flow, Flow):
         raise SavedFileError(f"flow: expected a flow, got {type(flow).__name__}. {DAMAGED}")
     flow.to(dtype=DTYPES[dtype])
-    if record.get("whitening"):
+    if field(record, "whitening", bool):
         _call(flow.transform.whiten_, [], {}, "whitening")
     _tie(flow, record)
     known = {

@@ -318,11 +318,17 @@ class Whitening(Standardization):
         return TriangularAffineTransform(self.scale.unsqueeze(-1) * self.factor, self.loc)
 
     @torch.no_grad()
+    def set_(self, loc: Tensor | float, scale: Tensor | float) -> None:
+        """Set the location and the (positive) scale, without correlations."""
+        super().set_(loc, scale)
+        self.factor.copy_(torch.eye(len(self.factor)))
+
+    @torch.no_grad()
     def set_covariance_(self, loc: Tensor, covariance: Tensor) -> None:
         """Set the mean and the covariance that a standard normal gets."""
         factor = torch.linalg.cholesky(covariance)
         scale = factor.norm(dim=-1)
-        self.set_(loc, scale)
+        super().set_(loc, scale)
         self.factor.copy_(factor / scale.unsqueeze(-1))
 
     def is_identity(self) -> bool:

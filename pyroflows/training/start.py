@@ -28,6 +28,8 @@ NEAR = 0.1
 MATCHING = 60
 #: Standard deviation of the log weights below which a Gaussian is as good as exact, in nats.
 EXACT = 0.03
+#: Differences of estimated lower bounds below this say nothing, in nats.
+NOISE = 0.05
 #: Where the posterior is so many times denser than the guide, the guide does not see it.
 UNSEEN = 20.0
 #: Starts that end within so many deviations of a better one are the same mode.
@@ -173,7 +175,7 @@ def find_start(density: Density, count: int) -> Gaussians | None:
     before = copy.deepcopy(whitening.state_dict())
     elbo = _guide_lower_bound(density)
     whitening.set_covariance_(gaussians.loc[0], gaussians.covariance[0])
-    if not _guide_lower_bound(density) > elbo:
+    if not _guide_lower_bound(density) > elbo + NOISE:
         whitening.load_state_dict(before)
     return gaussians
 
@@ -273,5 +275,6 @@ def _match(density: Density, now: Gaussians, draws: int) -> Gaussians:
         tried.append(Gaussians(gaussians.loc, gaussians.covariance, elbo))
     result = tried[0]
     for gaussians in tried[1:]:
-        result = _where(gaussians.elbo > result.elbo, gaussians, result)
+        # The last has seen the most scores: noise is no reason to leave it.
+        result = _where(gaussians.elbo > result.elbo + NOISE, gaussians, result)
     return result
