@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers benchmark-density lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers benchmark-density bench-vi bench-vi-numpyro lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -23,6 +23,14 @@ test-peers: $(READY)
 benchmark-density: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -m tests.benchmarks.density
+
+bench-vi: $(READY)
+	$(BIN)/python -m tests.benchmarks.vi
+
+# NumPyro in an environment of its own, for bench-vi to run beside.
+bench-vi-numpyro:
+	$(PYTHON) -m venv build/numpyro
+	build/numpyro/bin/pip install --quiet numpyro
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,8 @@
 """Held-out nats of densities on ten data sets: our recipes, the peers, and what `select` picks.
 
 ``python -m tests.benchmarks.density`` fits what has no result yet, one file each under
-build/benchmarks/density, and writes docs/benchmarks.md from all of them. Needs the ``peers`` extra;
-POWER is left out, visibly, where PYROFLOWS_DATA is not set.
+build/benchmarks/density, and writes docs/benchmarks/densities.md from all of them. Needs the
+``peers`` extra; POWER is left out, visibly, where PYROFLOWS_DATA is not set.
 """
 
 from __future__ import annotations

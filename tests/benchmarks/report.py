@@ -1,4 +1,4 @@
-"""docs/benchmarks.md from stored results."""
+"""docs/benchmarks/densities.md from stored results."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ from tests.benchmarks.models import MODELS, PAIRS
 from tests.benchmarks.runs import BUDGET, path_of, size_of
 from tests.benchmarks.sets import SETS
 
-PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "densities.md"
 #: `select` is to come within this of the best recipe, in nats.
 CLOSE = 0.05
 
-HEAD = """# Benchmarks
-
-## Densities
+HEAD = """# Densities
 
 Held-out log densities in nats, higher is better. `make benchmark-density` installs the peers, fits
 what has no result yet and writes this page from the results; POWER needs the data set, under the
@@ -66,7 +64,7 @@ def line(*cells: Any) -> str:
 def comparison() -> list[str]:
     """Each of ours beside the peer of its kind."""
     lines = [
-        "### Beside zuko and nflows",
+        "## Beside zuko and nflows",
         "",
         "Flows of the same kind with five layers and the same number of parameters. The difference",
         "is ours minus theirs, with the standard error of paired differences, over rows or over",
@@ -107,7 +105,7 @@ def comparison() -> list[str]:
 def selection() -> list[str]:
     """All recipes with their defaults, and what `select` picks."""
     lines = [
-        "### All recipes, and `select`",
+        "## All recipes, and `select`",
         "",
         f"One seed, documented defaults. `pf.select(x, budget={BUDGET})` sees the training and",
         "validation rows alone; its winner has had about as many steps as each recipe. The last",

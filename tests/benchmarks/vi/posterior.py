@@ -53,7 +53,7 @@ class Truth:
             spread = self.spread[name]
             worst_centre = _larger(worst_centre, abs(found_centre - centre) / spread)
             ratio = found_spread / spread
-            worst_spread = _larger(worst_spread, abs(math.log(ratio)) if ratio > 0 else math.inf)
+            worst_spread = _larger(worst_spread, abs(math.log(ratio)) if ratio else math.inf)
         return worst_centre, worst_spread
 
 
