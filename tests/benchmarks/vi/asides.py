@@ -5,11 +5,7 @@ Their truth is a long run of many chains, see `tests.benchmarks.vi.truths`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,9 +13,7 @@ import torch
 from sklearn import datasets
 from torch import Tensor
 
-from tests.benchmarks.vi.posterior import Draws, Posterior, Truth
-
-TRUTHS = Path(__file__).parent / "truths.json"
+from tests.benchmarks.vi.posterior import Draws, Posterior, Truth, stored_truths
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -202,14 +196,9 @@ def grade_data() -> tuple[Tensor, ...]:
 # --- the table --------------------------------------------------------------------------------
 
 
-@cache
-def stored() -> dict[str, dict[str, object]]:
-    return json.loads(TRUTHS.read_text())
-
-
 def truth_of(name: str) -> Truth:
     """Centre, spread and evidence of the long run."""
-    entry: Any = stored()[name]
+    entry = stored_truths()[name]
     return Truth(
         entry["centre"], entry["spread"], entry["log_evidence"], entry["log_evidence_error"]
     )

@@ -25,7 +25,7 @@ import torch
 from pyro.distributions import constraints
 from torch import Tensor
 
-from tests.benchmarks.vi.posterior import Draws, Posterior, Truth, stacked
+from tests.benchmarks.vi.posterior import Draws, Posterior, Truth, stacked, stored_truths
 
 # --- priors and likelihood in common ----------------------------------------------------------
 
@@ -275,10 +275,12 @@ REFERENCES = {
 
 
 def reference_truth(name: str) -> Truth:
-    """Moments of the reference draws."""
+    """Moments of the reference draws, and the evidence by the bridge."""
     named = {k: v.double() for k, v in REFERENCES[name].scalars().items()}
     centre = {k: v.mean().item() for k, v in named.items()}
-    return Truth(centre, {k: v.std().item() for k, v in named.items()})
+    spread = {k: v.std().item() for k, v in named.items()}
+    evidence = stored_truths()[name]
+    return Truth(centre, spread, evidence["log_evidence"], evidence["log_evidence_error"])
 
 
 def _posterior(

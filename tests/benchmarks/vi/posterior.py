@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +15,9 @@ import torch
 from torch import Tensor
 
 Draws = dict[str, Tensor]
+
+#: What `tests.benchmarks.vi.truths` computed.
+TRUTHS = Path(__file__).parent / "truths.json"
 
 #: Levels one standard deviation below and above the median of a normal distribution.
 LEVELS = (0.15865525393145707, 0.8413447460685429)
@@ -102,6 +108,12 @@ class Posterior:
     def scalars(self, draws: Draws) -> Draws:
         """Draws of the sites to those of scalars, ``{name: (S,)}``, named as Stan names them."""
         return scalars(self.derive(draws))
+
+
+@cache
+def stored_truths() -> dict[str, Any]:
+    """By posterior its evidence, and the centres and spreads of those without a closed form."""
+    return json.loads(TRUTHS.read_text())
 
 
 def scalars(draws: Draws) -> Draws:

@@ -20,8 +20,7 @@ from torch import Tensor
 
 import pyroflows as pf
 from tests.benchmarks.vi import asides, models
-from tests.benchmarks.vi.asides import TRUTHS
-from tests.benchmarks.vi.posterior import Posterior
+from tests.benchmarks.vi.posterior import TRUTHS, Posterior
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -164,7 +163,7 @@ def reference_evidence(posterior: Posterior) -> dict[str, Any]:
 def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
-    return float(f"{value:.7g}")
+    return float(f"{value:.9g}")
 
 
 def main() -> None:
