@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import arviz as az
@@ -14,10 +16,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from scipy import stats
 from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.mcmc.compiled import compiled
+from pyroflows.mcmc.imh import _Sampler
+from pyroflows.mcmc.kernels import stacked
 from pyroflows.mcmc.target import Target
 from tests.models import (
     MIXTURE_DATA,
@@ -30,6 +35,12 @@ from tests.models import (
     gaussian_posterior,
     mixture,
 )
+
+NUTPIE = pytest.param(
+    "nutpie",
+    marks=pytest.mark.skipif(find_spec("nutpie") is None, reason="needs the nutpie extra"),
+)
+every_kernel = pytest.mark.parametrize("kernel", ["nuts", NUTPIE, "imh"])
 
 SMALL = partial(pf.RealNVP, transforms=2, hidden_features=(8,), mixing="lu")
 SHORT: dict[str, Any] = {"chains": 2, "draws": 60, "warmup": 40, "seed": 0}
@@ -52,19 +63,65 @@ def within_error(idata: Any, name: str, truth: Tensor, sigmas: float = 4.0) -> b
 # --- draws ------------------------------------------------------------------------------------
 
 
-def test_draws_are_those_of_the_posterior() -> None:
-    """From a guide that is wrong: too narrow, and off by several of its standard deviations."""
-    y = gaussian_data()
+def wrong_guide(y: Tensor, scales: list[float]) -> pf.AutoFlow:
+    """Off by half a standard deviation, and too wide or too narrow."""
     guide = rough_guide(gaussian, y)
     with torch.no_grad():
-        guide.flow.transform.standardization.loc += 0.5
-        guide.flow.transform.standardization.scale *= 0.5
-    idata = pf.run_mcmc(gaussian, y, guide=guide, chains=2, draws=300, warmup=150, seed=0)
+        guide.flow.transform.standardization.loc += 0.25
+        guide.flow.transform.standardization.scale *= torch.tensor(scales)
+    return guide
+
+
+@pytest.mark.parametrize("kernel", ["nuts", NUTPIE])
+def test_draws_of_nuts_are_those_of_the_posterior(kernel: str) -> None:
+    y = gaussian_data()
+    options = {"chains": 2, "draws": 300, "warmup": 150, "seed": 0}
+    idata = pf.run_mcmc(gaussian, y, guide=wrong_guide(y, [0.5, 2.0]), kernel=kernel, **options)
     posterior = gaussian_posterior(y)
     assert float(az.rhat(idata)["mean"].max()) < 1.05  # of 600 draws
     assert within_error(idata, "mean", posterior.loc)
     draws = idata.posterior["mean"].values.reshape(-1, 2)
     np.testing.assert_allclose(np.cov(draws.T), posterior.covariance_matrix, atol=0.03)
+
+
+@pytest.mark.parametrize("local_steps", [0, 2])
+def test_draws_of_many_chains_are_those_of_the_posterior(local_steps: int) -> None:
+    """The last draws of all chains are independent, so that a test of goodness of fit holds.
+
+    The guide is too wide: chains forget their start at a steady rate, which they would not do where
+    it is too narrow.
+    """
+    y = gaussian_data()
+    kernel = pf.mcmc.IMH(local_steps=local_steps)
+    options = {"chains": 1000, "draws": 10, "warmup": 60, "seed": 0}
+    idata = pf.run_mcmc(gaussian, y, guide=wrong_guide(y, [1.2, 1.5]), kernel=kernel, **options)
+    last = idata.posterior["mean"].values[:, -1]
+    posterior = gaussian_posterior(y)
+    scales = posterior.covariance_matrix.diagonal().sqrt()
+    for x, loc, scale in zip(last.T, posterior.loc, scales, strict=True):
+        assert stats.kstest(x, stats.norm(float(loc), float(scale)).cdf).pvalue > 0.01
+    assert (
+        abs(
+            np.corrcoef(last.T)[0, 1]
+            - float(posterior.covariance_matrix[0, 1]) / float(scales.prod())
+        )
+        < 0.1
+    )
+    assert 0.1 < float(idata.sample_stats["acceptance_rate"].mean()) < 0.9
+
+
+def test_local_moves_alone_leave_the_posterior_as_it_is() -> None:
+    y = gaussian_data()
+    target = Target(exact_gaussian_guide(y), (y,), {})
+    sampler = _Sampler(target, gradients=True)
+    sampler.log_step = 0.3  # so long that many moves are refused
+    state = start = sampler.states(target.base.sample((2000,)))
+    for _ in range(10):
+        state = sampler.local(state, adapt=False)
+    moved = (state.z != start.z).all(-1)
+    assert float(moved.double().mean()) > 0.1
+    for x in state.z.T.numpy():
+        assert stats.kstest(x, stats.norm.cdf).pvalue > 0.01
 
 
 def test_an_exact_guide_makes_the_target_a_standard_normal() -> None:
@@ -77,9 +134,15 @@ def test_an_exact_guide_makes_the_target_a_standard_normal() -> None:
     torch.testing.assert_close(grads, -z, atol=1e-3, rtol=1e-3)
 
 
-def test_names_dims_and_groups_of_the_export() -> None:
+NUTS_STATS = {"diverging", "acceptance_rate", "n_steps", "step_size"}
+NUTPIE_STATS = {*NUTS_STATS, "tree_depth", "reached_max_treedepth", "energy"}
+KERNEL_STATS = {"nuts": NUTS_STATS, "nutpie": NUTPIE_STATS, "imh": {"acceptance_rate"}}
+
+
+@every_kernel
+def test_names_dims_and_groups_of_the_export(kernel: str) -> None:
     guide = rough_guide(eight_schools, SCHOOL_ERRORS, SCHOOLS)
-    idata = pf.run_mcmc(eight_schools, SCHOOL_ERRORS, SCHOOLS, guide=guide, **SHORT)
+    idata = pf.run_mcmc(eight_schools, SCHOOL_ERRORS, SCHOOLS, guide=guide, kernel=kernel, **SHORT)
     by_school = ("chain", "draw", "schools")
     assert {name: v.dims for name, v in idata.posterior.data_vars.items()} == {
         "mu": by_school[:2],
@@ -91,17 +154,14 @@ def test_names_dims_and_groups_of_the_export() -> None:
     assert bool((idata.posterior["tau"] > 0).all())
     assert idata.log_likelihood["y"].dims == by_school
     assert "y" in idata.observed_data
-    stats = idata.sample_stats
-    assert set(stats.data_vars) == {
-        "lp",
-        "diverging",
-        "acceptance_rate",
-        "n_steps",
-        "step_size",
-    }
-    assert all(v.shape == (2, 60) for v in stats.data_vars.values())
-    assert stats.attrs["gradient_evaluations"] > int(stats["n_steps"].sum())
-    assert bool(((stats["acceptance_rate"] > 0) & (stats["acceptance_rate"] <= 1)).all())
+    found = idata.sample_stats
+    assert set(found.data_vars) == {"lp", *KERNEL_STATS[kernel]}
+    assert all(v.shape == (2, 60) for v in found.data_vars.values())
+    assert bool(((found["acceptance_rate"] >= 0) & (found["acceptance_rate"] <= 1)).all())
+    if kernel == "imh":
+        assert found.attrs["density_evaluations"] == 2 * (1 + 60 + 40)
+    else:
+        assert found.attrs["gradient_evaluations"] > int(found["n_steps"].sum())
 
 
 def test_lp_is_the_log_density_of_the_latents() -> None:
@@ -111,7 +171,7 @@ def test_lp_is_the_log_density_of_the_latents() -> None:
         scale = pyro.sample("scale", dist.Exponential(1.0))
         pyro.sample("y", dist.Normal(0.0, scale), obs=y)
 
-    idata = pf.run_mcmc(model, guide=rough_guide(model), **SHORT)
+    idata = pf.run_mcmc(model, guide=rough_guide(model), kernel="imh", **SHORT)
     scale = torch.tensor(idata.posterior["scale"].values)
     expected = dist.Exponential(1.0).log_prob(scale) + dist.Normal(0.0, scale).log_prob(y)
     # In the unconstrained space, log(scale) or whatever Pyro takes for it.
@@ -135,24 +195,27 @@ def test_constrained_sites() -> None:
 def test_enumerated_sites_are_summed_out() -> None:
     guide = rough_guide(mixture, MIXTURE_DATA)
     with pytest.warns(UserWarning, match="log_likelihood of"):
-        idata = pf.run_mcmc(mixture, MIXTURE_DATA, guide=guide, **SHORT)
+        idata = pf.run_mcmc(mixture, MIXTURE_DATA, guide=guide, kernel="imh", **SHORT)
     assert set(idata.posterior.data_vars) == {"share", "loc"}
 
 
+@every_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dtype_is_that_of_the_model(dtype: torch.dtype) -> None:
+def test_dtype_is_that_of_the_model(dtype: torch.dtype, kernel: str) -> None:
     y = gaussian_data(dtype=dtype)
-    idata = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **SHORT)
+    options: dict[str, Any] = {"kernel": kernel, "chains": 1, "draws": 5, "warmup": 5}
+    idata = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **options)
     assert idata.posterior["mean"].dtype == np.dtype(str(dtype).split(".")[1])
 
 
-def test_seeds() -> None:
+@every_kernel
+def test_seeds(kernel: str) -> None:
     y = gaussian_data()
     guide = rough_guide(gaussian, y)
     state = torch.get_rng_state()
-    options = {**SHORT, "draws": 10, "warmup": 10}
+    options: dict[str, Any] = {"kernel": kernel, "chains": 3, "draws": 10, "warmup": 10}
     one, two, three = (
-        pf.run_mcmc(gaussian, y, guide=guide, **{**options, "seed": seed}).posterior["mean"].values
+        pf.run_mcmc(gaussian, y, guide=guide, **options, seed=seed).posterior["mean"].values
         for seed in (1, 1, 2)
     )
     assert torch.equal(torch.get_rng_state(), state)
@@ -180,7 +243,7 @@ def test_the_1_x_line_of_arviz() -> None:
     xarray = pytest.importorskip("xarray")
     pytest.importorskip("arviz_base")
     y = gaussian_data()
-    options = {**SHORT, "draws": 10, "warmup": 10, "backend": "arviz-base"}
+    options = {**SHORT, "kernel": "imh", "draws": 10, "backend": "arviz-base"}
     tree = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **options)
     assert isinstance(tree, xarray.DataTree)
     assert tree["posterior"]["mean"].shape == (2, 10, 2)
@@ -216,6 +279,13 @@ def test_an_interrupted_run_returns_what_it_has(monkeypatch: pytest.MonkeyPatch)
     with pytest.warns(UserWarning, match="interrupted: 1 chains of 60 draws"):
         idata = pf.run_mcmc(gaussian, y, guide=rough_guide(gaussian, y), **SHORT)
     assert idata.posterior["mean"].shape == (1, 60, 2)
+
+
+def test_chains_of_unequal_length_keep_as_many_draws_as_can_be() -> None:
+    chains = [[torch.tensor(float(c))] * n for c, n in enumerate((100, 3, 90))]
+    assert stacked(chains).shape == (2, 90)
+    assert stacked(chains[:2]).shape == (1, 100)
+    assert stacked(chains)[1, 0] == 2
 
 
 # --- recorded densities -----------------------------------------------------------------------
@@ -322,16 +392,35 @@ def test_a_base_that_is_no_whole_space_is_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kernel": "hmc"}, r"kernel: expected one of \['nuts'\]"),
+        ({"kernel": "hmc"}, r"kernel: expected one of \['imh', 'nutpie', 'nuts'\]"),
         ({"kernel": 3}, "kernel: expected one of"),
         ({"chains": 0}, "chains: expected an integer of at least 1, got 0"),
         ({"draws": 2.5}, "draws: expected an integer"),
         ({"warmup": True}, "warmup: expected an integer"),
+        ({"kernel": "imh", "precondition": False}, "proposes from the guide"),
+        ({"kernel": pf.mcmc.IMH(-1)}, "local_steps: expected at least 0"),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:
+    y = gaussian_data()
     with pytest.raises(ValueError, match=message):
-        pf.run_mcmc(gaussian, gaussian_data(), **options)
+        pf.run_mcmc(gaussian, y, guide=exact_gaussian_guide(y), **options)
+
+
+def test_without_nutpie(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nutpie", None)
+    y = gaussian_data()
+    with pytest.raises(ImportError, match=r"needs the package nutpie.*pyroflows\[nutpie\]"):
+        pf.run_mcmc(gaussian, y, guide=exact_gaussian_guide(y), kernel="nutpie")
+
+
+def test_a_guide_whose_proposals_are_refused() -> None:
+    y = gaussian_data()
+    guide = exact_gaussian_guide(y)
+    with torch.no_grad():
+        guide.flow.transform.standardization.loc += 20
+    with pytest.warns(UserWarning, match=r"proposals 0\.\d% are accepted"):
+        pf.run_mcmc(gaussian, y, guide=guide, kernel="imh", **SHORT)
 
 
 def test_arguments_that_the_model_does_not_take() -> None:

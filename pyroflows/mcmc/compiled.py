@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -70,12 +71,15 @@ def _scripted(function: ValueAndGrad, example: Tensor) -> Any:
 
 
 def _replayed(record: Any, function: ValueAndGrad) -> ValueAndGrad:
+    one_at_a_time = threading.Lock()  # a record may be replayed in many threads, Pyro may not
+
     def call(z: Tensor) -> tuple[Tensor, Tensor]:
         try:
             with torch.no_grad():
                 value, grad = record(z)
         except RuntimeError:  # a matrix without a factor, which the function knows to score
-            return function(z)
+            with one_at_a_time:
+                return function(z)
         return value, grad
 
     return call

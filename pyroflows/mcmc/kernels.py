@@ -35,9 +35,14 @@ class Plan:
     seed: int
     progress: bool | None
 
+    @property
+    def chains(self) -> int:
+        """Number of chains."""
+        return len(self.starts)
+
     def bar(self, title: str) -> Any:
         """A progress bar over the draws of all chains, those of the warm-up included."""
-        total = len(self.starts) * (self.warmup + self.draws)
+        total = self.chains * (self.warmup + self.draws)
         disable = None if self.progress is None else not self.progress
         return tqdm(total=total, desc=title, unit="draw", disable=disable)
 
@@ -52,15 +57,15 @@ class Chains:
         Shape ``(chains, draws, D)``, in the space of the target.
     stats
         Values for each draw, ``(chains, draws)``, under ArviZ's names.
-    gradients
-        Gradients of the log density that were evaluated, those of the warm-up included.
+    evaluations
+        How often the log density was evaluated, alone or with its gradient, in the warm-up too.
     interrupted
         Whether the run was ended early.
     """
 
     points: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
-    gradients: int = 0
+    evaluations: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
 
 
@@ -84,6 +89,13 @@ class Kernel(Protocol):
 
 
 def stacked(chains: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Draws of several chains as ``(chains, draws, ...)``, cut to the shortest chain."""
-    length = min(map(len, chains))
-    return torch.stack([torch.stack(list(chain[:length])) for chain in chains])
+    """Draws of several chains as ``(chains, draws, ...)``.
+
+    Where a run was interrupted, chains differ in length: as many draws as possible are kept, by
+    leaving short chains out and cutting the rest.
+    """
+    lengths = sorted(map(len, chains), reverse=True)
+    kept = max(range(len(lengths)), key=lambda k: (k + 1) * lengths[k])
+    length = lengths[kept]
+    long = [chain for chain in chains if len(chain) >= length]
+    return torch.stack([torch.stack(list(chain[:length])) for chain in long])

@@ -56,13 +56,13 @@ class NUTS:
                         runs[-1].sample(self, start, plan)
         except KeyboardInterrupt:
             interrupted = True
-            runs = [run for run in runs if len(run.points) == plan.draws] or runs[:1]
-            if not runs or not runs[0].points:
+            runs = [run for run in runs if run.points]
+            if not runs:
                 raise
         return Chains(
             points=stacked([run.points for run in runs]),
             stats={name: stacked([run.stats[name] for run in runs]) for name in runs[0].stats},
-            gradients=sum(run.gradients for run in runs),
+            evaluations={"gradient_evaluations": sum(run.gradients for run in runs)},
             interrupted=interrupted,
         )
 

@@ -14,14 +14,16 @@ import torch
 from pyroflows.diagnostics.draws import Draws, check_call
 from pyroflows.diagnostics.to_arviz import Backend, to_arviz
 from pyroflows.guides import AutoFlow
+from pyroflows.mcmc.imh import IMH
 from pyroflows.mcmc.kernels import Chains, Kernel, Plan
+from pyroflows.mcmc.nutpie import Nutpie
 from pyroflows.mcmc.nuts import NUTS
 from pyroflows.mcmc.target import Target
 from pyroflows.numerics import forked_rng
 from pyroflows.training import fit_svi
 
-KERNELS: dict[str, Callable[[], Kernel]] = {"nuts": NUTS}
-KernelName = Literal["nuts"]
+KERNELS: dict[str, Callable[[], Kernel]] = {"nuts": NUTS, "nutpie": Nutpie, "imh": IMH}
+KernelName = Literal["nuts", "nutpie", "imh"]
 
 
 def run_mcmc(
@@ -68,7 +70,8 @@ def run_mcmc(
         A fitted `AutoFlow`, taken as it is: of this model, or of one with the same sites. None
         makes one and fits it by `pyroflows.fit_svi` with its defaults first.
     kernel
-        ``"nuts"``, or an object with options, such as ``pf.mcmc.NUTS(target_accept=0.9)``.
+        ``"nuts"``, ``"nutpie"``, ``"imh"``, or an object with options, such as
+        ``pf.mcmc.NUTS(target_accept=0.9)``.
     chains, draws, warmup
         Number of chains, draws of each that are kept, and draws before these in which the kernel
         adapts. By default the kernel's own numbers.
@@ -222,5 +225,5 @@ def _as_draws(found: Chains, target: Target, attrs: dict[str, Any]) -> Draws:
         args=target.args,
         kwargs=target.kwargs,
         stats={"lp": lp, **stats},
-        attrs={**attrs, "gradient_evaluations": found.gradients},
+        attrs={**attrs, **found.evaluations},
     )
