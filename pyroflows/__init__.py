@@ -40,10 +40,18 @@ from pyroflows.flows import (
     list_flows,
     recommend,
 )
-from pyroflows.guides import AutoFlow
+from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.io import load, save
 from pyroflows.mcmc import run_mcmc
-from pyroflows.training import fit_flow_matching, fit_mle, fit_svi, select
+from pyroflows.training import (
+    fit_flow_matching,
+    fit_mle,
+    fit_npe,
+    fit_svi,
+    refine,
+    select,
+    simulate,
+)
 
 __version__ = "0.1.0"
 
@@ -61,6 +69,7 @@ __all__ = [
     "PSIS",
     "SOSPF",
     "UNAF",
+    "AutoAmortizedFlow",
     "AutoFlow",
     "Dequantized",
     "Flow",
@@ -76,6 +85,7 @@ __all__ = [
     "distributions",
     "fit_flow_matching",
     "fit_mle",
+    "fit_npe",
     "fit_svi",
     "flows",
     "get_flow",
@@ -88,9 +98,11 @@ __all__ = [
     "numerics",
     "psis",
     "recommend",
+    "refine",
     "run_mcmc",
     "save",
     "select",
+    "simulate",
     "to_arviz",
     "training",
     "transforms",

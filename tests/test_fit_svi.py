@@ -366,7 +366,7 @@ def test_devices_move_the_guide_and_the_arguments(device: torch.device) -> None:
 
 
 def test_other_guides_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"expected an AutoFlow, got AutoNormal.*pyro\.infer\.SVI"):
+    with pytest.raises(TypeError, match=r"AutoAmortizedFlow, got AutoNormal.*pyro\.infer\.SVI"):
         fit(AutoNormal(gaussian), gaussian_data())  # type: ignore[arg-type]
 
 

@@ -163,6 +163,10 @@ class Program:
             {name: torch.stack([row.log_probs[name] for row in rows]) for name in log_probs},
         )
 
+    def vectorized(self, draws: Values, num_draws: int, values: Collection[str]) -> Evaluation:
+        """As `evaluate`, but raise where the model does not broadcast."""
+        return self._vectorised(draws, num_draws, values, (), False)
+
     def _trace(self, values: Values, replicate: bool = False) -> Trace:
         """Run the model once, at fixed values and at this program's minibatch."""
         fixed = {name: self.plates[name] for name in self.subsampled} | dict(values)

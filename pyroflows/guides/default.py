@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from typing import cast
+
+import torch
+from torch import nn
+
 from pyroflows.flows import Flow, RealNVP
-from pyroflows.layers import CouplingLayer, LULinear
+from pyroflows.flows.coupling import coupling_layers
+from pyroflows.layers import CouplingLayer, Layer, LULinear
 from pyroflows.transforms import Affine, RationalQuadratic
 
 #: Most latents whose correlations a guide starts with.
@@ -42,3 +49,29 @@ def _scalar_flow() -> Flow:
     )
     affine = [(CouplingLayer(1, univariate=Affine(3.0)), LULinear(1)) for _ in range(2)]
     return Flow([spline, *(layer for pair in affine for layer in pair)], 1)
+
+
+def default_conditional_flow(features: int, context: int, init_scale: float = 1.0) -> Flow:
+    """The flow that `AutoAmortizedFlow` takes when none is given: one pass in either direction.
+
+    Last an affine map of all features with location and scale from the context, as in a Gaussian
+    encoder, so that place and scale need not be learned through couplings. It starts with the
+    standard deviation ``init_scale``: where a reparameterised gradient trains it, a wide start
+    makes noise that drives the scale to zero before the locations are found.
+    """
+    layers: list[Layer]
+    if features == 1:
+        spline = RationalQuadratic(bins=8, bound=5.0)
+        layers = [CouplingLayer(1, context, univariate=spline, hidden_features=(64,))]
+    else:
+        layers = coupling_layers(features, context, 4, Affine(2.0), (64, 64), nn.SiLU)
+    affine = Affine(3.0)
+    last = CouplingLayer(
+        features, context, mask=[True] * features, univariate=affine, hidden_features=(64,)
+    )
+    with torch.no_grad():
+        bias = cast("nn.Linear", last.network.layers[-1]).bias
+        # The inverse of the smooth bound on log-scales.
+        stretch = math.pi / (2 * affine.max_log_scale)
+        bias[features:] = math.tan(math.log(init_scale) * stretch) / stretch
+    return Flow([*layers, last], features, context)

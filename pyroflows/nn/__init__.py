@@ -4,6 +4,7 @@ from pyroflows.nn.arguments import RecordedModule
 from pyroflows.nn.block import BlockLinear, BlockNetwork
 from pyroflows.nn.causal import CausalTransformer
 from pyroflows.nn.conditioner import Conditioner
+from pyroflows.nn.encoders import ConvEncoder, DeepSet, GRUEncoder
 from pyroflows.nn.lipschitz import LipschitzMLP, contracted
 from pyroflows.nn.masked import MaskedLinear, MaskedResidualMLP
 from pyroflows.nn.mlp import ResidualMLP, ZeroStart
@@ -14,6 +15,9 @@ __all__ = [
     "BlockNetwork",
     "CausalTransformer",
     "Conditioner",
+    "ConvEncoder",
+    "DeepSet",
+    "GRUEncoder",
     "LipschitzMLP",
     "MaskedLinear",
     "MaskedResidualMLP",

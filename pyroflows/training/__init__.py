@@ -1,23 +1,33 @@
 """Fitting: one loop behind maximum likelihood and variational inference."""
 
+from pyroflows.training.amortized import AmortizedELBO
 from pyroflows.training.flow_matching import FlowMatchingLoss, fit_flow_matching
 from pyroflows.training.losses import NegativeELBO, NegativeLogLikelihood
 from pyroflows.training.mle import fit_mle
+from pyroflows.training.npe import NegativeLogPosterior, NPEFit, fit_npe, refine
 from pyroflows.training.result import FlowMatchingFit, History, MLEFit, SVIFit
 from pyroflows.training.selection import Selection, select
+from pyroflows.training.simulation import Simulations, simulate
 from pyroflows.training.svi import fit_svi
 
 __all__ = [
+    "AmortizedELBO",
     "FlowMatchingFit",
     "FlowMatchingLoss",
     "History",
     "MLEFit",
+    "NPEFit",
     "NegativeELBO",
     "NegativeLogLikelihood",
+    "NegativeLogPosterior",
     "SVIFit",
     "Selection",
+    "Simulations",
     "fit_flow_matching",
     "fit_mle",
+    "fit_npe",
     "fit_svi",
+    "refine",
     "select",
+    "simulate",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pyroflows.flows.supports import check_support, rows_at_ends
 MIN_ROWS = 10
 
 Batch = tuple[Tensor, "Tensor | None"]
+Rows = TypeVar("Rows", bound="tuple[Tensor | None, ...]")
 
 
 def as_rows(name: str, value: Any, event_shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -77,9 +78,9 @@ def warn_about_columns(x: Tensor, support: Any) -> None:
         )
 
 
-def minibatches(rows: Batch, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+def minibatches(rows: Rows, batch_size: int, generator: torch.Generator) -> Iterator[Rows]:
     """Shuffled minibatches without end; a ragged last batch is kept where there is no other."""
-    x = rows[0]
+    x = cast("Tensor", rows[0])
     size = min(batch_size, len(x))
     while True:
         order = torch.randperm(len(x), generator=generator).to(x.device)
@@ -133,10 +134,9 @@ def rows_of(flow: Any, x: Any, context: Any, prefix: str = "") -> Batch:
     return x, context.to(flow.device)
 
 
-def take(rows: Batch, index: Tensor) -> Batch:
+def take(rows: Rows, index: Tensor) -> Rows:
     """Some of the rows, with their contexts."""
-    x, context = rows
-    return x[index], None if context is None else context[index]
+    return cast("Rows", tuple(None if part is None else part[index] for part in rows))
 
 
 def location_and_scale(batches: Iterable[Batch], which: int) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from pyroflows.errors import DataError
@@ -68,7 +68,7 @@ def fit_rows(
             steps=steps,
             lr=lr,
             clip_norm=clip_norm,
-            check=_checker(check_loss or loss, held_out) if held_out is not None else None,
+            check=checker(check_loss or loss, held_out) if held_out is not None else None,
             check_every=max(1, steps // 50),
             patience=patience if held_out is not None else None,
             progress=progress,
@@ -130,15 +130,16 @@ def _standardize(flow: Flow, train: Any) -> None:
         contexts.set_(*location_and_scale(train, 1))
 
 
-def _checker(loss: nn.Module, rows: Batch) -> Callable[[], float]:
+def checker(loss: nn.Module, rows: tuple[Tensor | None, ...]) -> Callable[[], float]:
     """Mean loss of the validation rows, without gradients, with the same noise at every check."""
+    x = cast("Tensor", rows[0])
 
     @torch.no_grad()
     def check() -> float:
         total = 0.0
         with forked_rng(0):
-            for index in torch.arange(len(rows[0]), device=rows[0].device).split(CHECK_ROWS):
+            for index in torch.arange(len(x), device=x.device).split(CHECK_ROWS):
                 total += len(index) * loss(*take(rows, index)).item()
-        return total / len(rows[0])
+        return total / len(x)
 
     return check

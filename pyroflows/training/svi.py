@@ -17,8 +17,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, psis
-from pyroflows.guides import AutoFlow
+from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.numerics import forked_rng
+from pyroflows.training.amortized import fit_amortized
 from pyroflows.training.checkpoint import Checkpoint
 from pyroflows.training.loop import Loop
 from pyroflows.training.losses import Estimator, NegativeELBO
@@ -32,11 +33,11 @@ LOOK = 2000
 
 
 def fit_svi(
-    guide: AutoFlow,
+    guide: AutoFlow | AutoAmortizedFlow,
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
     estimator: Estimator = "stl",
-    draws: int = 128,
+    draws: int | None = None,
     starts: int = 16,
     budget: int = 2800,
     enough: float = 0.9,
@@ -66,13 +67,16 @@ def fit_svi(
     scores the same draw differently each time (minibatches), there is neither start nor early end.
     A guide that has been trained keeps its place unless a Gaussian is better.
 
+    An `AutoAmortizedFlow` is fitted in one round of steps, 2,000 if not said, without start and
+    report; the model may subsample its plates.
+
     One step costs one forward pass of the flow, one evaluation of the model and, with path
     gradients, one inverse pass, and their gradients. The start costs about two hundred evaluations.
 
     Parameters
     ----------
     guide
-        An `AutoFlow`; fitted in place.
+        An `AutoFlow` or `AutoAmortizedFlow`; fitted in place.
     *args
         The model's arguments. Every other keyword than ``model_kwargs`` is this function's.
     model_kwargs
@@ -81,7 +85,7 @@ def fit_svi(
         ``"stl"``, ``"total"``, ``"iw"``, ``"renyi"`` or ``"forward"``, see
         `pyroflows.training.NegativeELBO`.
     draws
-        Draws per step.
+        Draws per step; by default 128, or 1 of each row of an amortised guide.
     starts
         Points that ascend: the guide's own, the others at random; 0 for no Gaussian start.
     budget
@@ -133,10 +137,10 @@ def fit_svi(
     >>> fit.stop_reason, fit.psis.verdict
     ('a Gaussian was enough', 'good')
     """
-    if not isinstance(guide, AutoFlow):
+    if not isinstance(guide, (AutoFlow, AutoAmortizedFlow)):
         raise TypeError(
-            f"guide: expected an AutoFlow, got {type(guide).__name__}. Fit other guides with "
-            "pyro.infer.SVI."
+            f"guide: expected an AutoFlow or AutoAmortizedFlow, got {type(guide).__name__}. Fit "
+            "other guides with pyro.infer.SVI."
         )
     if psis_samples and psis_samples < MIN_DRAWS:
         raise ValueError(f"psis_samples: expected 0 or at least {MIN_DRAWS}, got {psis_samples}")
@@ -149,6 +153,21 @@ def fit_svi(
     if device is not None:
         guide.to(device)
         args, kwargs = _moved(args, device), _moved(kwargs, device)
+    if isinstance(guide, AutoAmortizedFlow):
+        if estimator != "stl" or checkpoint is not None:
+            raise ValueError("an AutoAmortizedFlow has neither other estimators nor checkpoints")
+        with forked_rng(seed) if seed is not None else nullcontext():
+            return fit_amortized(
+                guide,
+                args,
+                kwargs,
+                draws=1 if draws is None else draws,
+                steps=2000 if steps is None else steps,
+                lr=lr,
+                clip_norm=clip_norm,
+                progress=progress,
+            )
+    draws = 128 if draws is None else draws
     rounds = _rounds(budget) if steps is None else [steps]
     with forked_rng(seed) if seed is not None or checkpoint is not None else nullcontext():
         guide.register(*args, **kwargs)

@@ -1,0 +1,171 @@
+"""Encoders: from data of any length to a context of fixed size, for conditional flows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.errors import check_event
+from pyroflows.nn.arguments import RecordedModule
+from pyroflows.nn.mlp import Activation, widths
+
+
+def _perceptron(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), activation()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _one_batch(x: Tensor) -> Tensor:
+    """Sequences with one batch dimension, as torch's layers want them."""
+    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+
+
+class DeepSet(RecordedModule):
+    r"""Encoder of sets: the same for every order of the elements.
+
+    .. math:: h = \rho\left(\frac1n \sum_{i=1}^n \phi(x_i),\; \log n\right)
+
+    The number of elements enters beside their mean, because a posterior narrows with it; it may
+    differ from call to call.
+
+    Parameters
+    ----------
+    features
+        Size of an element.
+    out_features
+        Size of the context.
+    hidden_features
+        Widths of the hidden layers of :math:`\phi` and of :math:`\rho`.
+    activation
+        A module class without arguments.
+
+    References
+    ----------
+    Zaheer et al., "Deep sets", NeurIPS 2017.
+
+    Examples
+    --------
+    >>> DeepSet(2, 8)(torch.randn(5, 100, 2)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        out_features: int,
+        *,
+        hidden_features: Sequence[int] = (64, 64),
+        activation: Activation = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        hidden = widths(hidden_features)
+        self.features = features
+        self.element = _perceptron([features, *hidden], activation)
+        self.whole = _perceptron([hidden[-1] + 1, *hidden, out_features], activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sets ``(*batch, elements, features)`` to contexts ``(*batch, out_features)``."""
+        check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
+        if not x.shape[-2]:
+            raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
+        mean = self.element(x).mean(-2)
+        count = torch.full_like(mean[..., :1], x.shape[-2]).log()
+        return self.whole(torch.cat([mean, count], -1))
+
+
+class GRUEncoder(RecordedModule):
+    """Encoder of sequences by a gated recurrent unit: its last state, mapped linearly.
+
+    Parameters
+    ----------
+    features
+        Size of an element of the sequence.
+    out_features
+        Size of the context.
+    state_features
+        Size of the state.
+    layers
+        Number of recurrent layers.
+
+    References
+    ----------
+    Cho et al., "Learning phrase representations using RNN encoder-decoder", EMNLP 2014.
+
+    Examples
+    --------
+    >>> GRUEncoder(2, 8)(torch.randn(5, 100, 2)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self, features: int, out_features: int, *, state_features: int = 64, layers: int = 1
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.gru = nn.GRU(features, state_features, layers, batch_first=True)
+        self.out = nn.Linear(state_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sequences ``(*batch, time, features)`` to contexts ``(*batch, out_features)``."""
+        check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
+        _, state = self.gru(_one_batch(x))
+        return self.out(state[-1]).reshape(*x.shape[:-2], self.out.out_features)
+
+
+class ConvEncoder(RecordedModule):
+    """Encoder of sequences by one-dimensional convolutions, averaged over time.
+
+    Each layer halves the time axis, so that the receptive field doubles.
+
+    Parameters
+    ----------
+    features
+        Size of an element of the sequence.
+    out_features
+        Size of the context.
+    hidden_features
+        Channels of the layers.
+    kernel
+        Odd width of the kernels.
+    activation
+        A module class without arguments.
+
+    Examples
+    --------
+    >>> ConvEncoder(2, 8)(torch.randn(5, 100, 2)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        out_features: int,
+        *,
+        hidden_features: Sequence[int] = (32, 32, 32),
+        kernel: int = 5,
+        activation: Activation = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel: expected an odd positive width, got {kernel}")
+        hidden = widths(hidden_features)
+        self.features = features
+        layers: list[nn.Module] = []
+        for before, after in zip([features, *hidden[:-1]], hidden, strict=True):
+            layers += [
+                nn.Conv1d(before, after, kernel, stride=2, padding=kernel // 2),
+                activation(),
+            ]
+        self.layers = nn.Sequential(*layers)
+        self.out = nn.Linear(hidden[-1], out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sequences ``(*batch, time, features)`` to contexts ``(*batch, out_features)``."""
+        check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
+        out = self.out(self.layers(_one_batch(x).transpose(-1, -2)).mean(-1))
+        return out.reshape(*x.shape[:-2], self.out.out_features)

@@ -1,0 +1,59 @@
+"""Encoders: any batch, any length, and what they must not depend on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pyroflows.errors import ShapeError
+from pyroflows.nn import ConvEncoder, DeepSet, GRUEncoder
+
+ENCODERS = [DeepSet, GRUEncoder, ConvEncoder]
+
+
+@pytest.mark.parametrize("make", ENCODERS)
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("length", [1, 7])
+def test_batches_and_lengths(make: Any, batch: tuple[int, ...], length: int) -> None:
+    encoder = make(2, 8)
+    x = torch.randn(*batch, length, 2)
+    out = encoder(x)
+    assert out.shape == (*batch, 8)
+    if batch == (2, 3):
+        torch.testing.assert_close(out[1, 2], encoder(x[1, 2]), rtol=1e-5, atol=1e-6)
+    assert encoder.double()(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", ENCODERS)
+def test_wrong_features(make: Any) -> None:
+    with pytest.raises(ShapeError, match=r"x: expected shape .* 2\), got \(5, 3\)"):
+        make(2, 8)(torch.zeros(5, 3))
+
+
+def test_a_set_has_no_order_but_a_size() -> None:
+    encoder = DeepSet(2, 8).double()
+    x = torch.randn(6, 2, dtype=torch.float64)
+    torch.testing.assert_close(encoder(x.flip(0)), encoder(x))
+    assert not torch.allclose(encoder(torch.cat([x, x])), encoder(x))
+    with pytest.raises(ValueError, match="at least one element"):
+        encoder(x[:0])
+
+
+@pytest.mark.parametrize("make", [GRUEncoder, ConvEncoder])
+def test_a_sequence_has_an_order(make: Any) -> None:
+    x = torch.randn(6, 2)
+    encoder = make(2, 8)
+    assert not torch.allclose(encoder(x.flip(0)), encoder(x))
+
+
+def test_options() -> None:
+    assert DeepSet(2, 8, hidden_features=(4,), activation=nn.GELU).element[0].out_features == 4
+    assert GRUEncoder(2, 8, state_features=5, layers=2).gru.num_layers == 2
+    assert ConvEncoder(2, 8, hidden_features=(4, 6)).layers[2].out_channels == 6
+    with pytest.raises(ValueError, match="kernel: expected an odd positive width, got 4"):
+        ConvEncoder(2, 8, kernel=4)
+    with pytest.raises(ValueError, match="hidden_features"):
+        DeepSet(2, 8, hidden_features=(0,))
