@@ -57,7 +57,7 @@ def slcp() -> None:
         torch.stack([first, torch.zeros_like(first)], -1),
         torch.stack([correlation * second, (1 - correlation**2).sqrt() * second], -1),
     ]
-    # The smallest scale float32 can invert; prior draws below it are one in a thousand.
+    # The benchmark adds 1e-6 to the variances, for scales of nearly zero.
     tril = torch.stack(rows, -2) + 1e-3 * torch.eye(2)
     with pyro.plate("points", 4):
         pyro.sample("y", dist.MultivariateNormal(mean, scale_tril=tril))
