@@ -40,9 +40,9 @@ def fit_svi(
     draws: int | None = None,
     starts: int = 16,
     budget: int = 2800,
-    enough: float = 0.9,
+    enough: float = 0.8,
     steps: int | None = None,
-    lr: float = 3e-3,
+    lr: float | None = None,
     clip_norm: float = 100.0,
     psis_samples: int = 10_000,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -85,7 +85,7 @@ def fit_svi(
         ``"stl"``, ``"total"``, ``"iw"``, ``"renyi"`` or ``"forward"``, see
         `pyroflows.training.NegativeELBO`.
     draws
-        Draws per step; by default 128, or 1 of each row of an amortised guide.
+        Draws per step; by default 256, or 1 of each row of an amortised guide.
     starts
         Points that ascend: the guide's own, the others at random; 0 for no Gaussian start.
     budget
@@ -95,7 +95,8 @@ def fit_svi(
     steps
         So many steps in one round instead, whatever the draws' effectiveness.
     lr, clip_norm
-        Of the optimiser.
+        Of the optimiser; the learning rate, by default 0.01, or 0.003 of an amortised guide, is
+        halved from round to round.
     psis_samples
         Draws for the report on the result; 0 for no report.
     checkpoint
@@ -163,11 +164,11 @@ def fit_svi(
                 kwargs,
                 draws=1 if draws is None else draws,
                 steps=2000 if steps is None else steps,
-                lr=lr,
+                lr=0.003 if lr is None else lr,
                 clip_norm=clip_norm,
                 progress=progress,
             )
-    draws = 128 if draws is None else draws
+    draws = 256 if draws is None else draws
     rounds = _rounds(budget) if steps is None else [steps]
     with forked_rng(seed) if seed is not None or checkpoint is not None else nullcontext():
         guide.register(*args, **kwargs)
@@ -178,7 +179,8 @@ def fit_svi(
             loss=NegativeELBO(guide, draws, estimator),
             rounds=rounds,
             enough=enough if steps is None else None,
-            optimizer={"lr": lr, "clip_norm": clip_norm},
+            lr=0.01 if lr is None else lr,
+            clip_norm=clip_norm,
             progress=progress,
             checkpoint=None if checkpoint is None else Checkpoint(checkpoint, guide.latent_shapes),
         )
@@ -211,7 +213,8 @@ class _SVI:
     loss: NegativeELBO
     rounds: list[int]
     enough: float | None
-    optimizer: dict[str, float]
+    lr: float
+    clip_norm: float
     progress: bool | None
     checkpoint: Checkpoint | None
     history: History = field(default_factory=History)
@@ -223,24 +226,27 @@ class _SVI:
         self.density = Density(self.guide, self.args, self.kwargs)
         parameters, alone = _parameters(self.loss, self.args, self.kwargs)
         # All at once, so that settings out of range are named before anything is done.
-        self.loops = [self._loop(steps, parameters) for steps in self.rounds]
+        self.loops = [self._loop(number, parameters) for number in range(len(self.rounds))]
         self.is_random = self.density.is_random()
         # Only a density that stands still can be compared with the guide.
         self.adaptive = self.enough is not None and alone and not self.is_random
 
-    def _loop(self, steps: int, parameters: list[Tensor]) -> Loop:
+    def _loop(self, number: int, parameters: list[Tensor]) -> Loop:
+        """One round; what the first has not reached needs smaller steps."""
+        steps = self.rounds[number]
         return Loop(
             loss=self.loss,
             batches=repeat((self.args, self.kwargs)),
             parameters=parameters,
             steps=steps,
+            lr=self.lr / 2**number,
+            clip_norm=self.clip_norm,
             check=None,
             check_every=max(1, steps // 20),
             patience=None,
             progress=self.progress,
             title=self.guide.name,
             unit="-ELBO",
-            **self.optimizer,  # type: ignore[arg-type]
         )
 
     def run(self, starts: int) -> None:
