@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pyro.distributions as dist
 import pytest
@@ -10,7 +13,8 @@ import torch
 from torch import Tensor
 
 import pyroflows as pf
-from tests.benchmarks.vi import methods, nasty
+from tests.benchmarks.vi import dims, methods, nasty, report, runs
+from tests.benchmarks.vi.__main__ import jobs
 from tests.benchmarks.vi.asides import POSTERIORS as ASIDES
 from tests.benchmarks.vi.posterior import Draws, Truth, scalars, stacked
 from tests.benchmarks.vi.table import POSTERIORS
@@ -200,3 +204,74 @@ def test_nuts_stops_at_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
     posterior = POSTERIORS["gamma_poisson"]
     with pytest.raises(TimeoutError, match="0 s of CPU are over"):
         methods.nuts(posterior, posterior.args(), 0)
+
+
+# --- runs and the page ------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_is_a_result(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    runs.in_process("tests.benchmarks.vi.runs", ["no such posterior", "NUTS", "0"], path)
+    assert json.loads(path.read_text()) == {"problem": "KeyError: 'no such posterior'"}
+    path.write_text("kept")
+    runs.in_process("tests.benchmarks.vi.runs", ["no such posterior", "NUTS", "0"], path)
+    assert path.read_text() == "kept"
+
+
+def test_jobs_have_all_seeds_for_ours_alone() -> None:
+    assert jobs(["ring", "arK"], ["pyroflows", "NumPyro NUTS"], [3, 4]) == [
+        ("ring", "pyroflows", 3),
+        ("arK", "pyroflows", 3),
+        ("ring", "pyroflows", 4),
+        ("arK", "pyroflows", 4),
+        ("arK", "NumPyro NUTS", 3),
+    ]
+
+
+def stored_result(**changes: Any) -> dict[str, Any]:
+    keys = ("centre_error", "spread_error", "weighted_centre_error", "weighted_spread_error")
+    return {
+        **dict.fromkeys(keys, 0.1),
+        "seconds": 3.0,
+        "densities": 5000,
+        "gradients": 4000,
+        "k_hat": 0.3,
+        "ess_fraction": 0.9,
+        "log_evidence": 0.02,
+        "elbo": -0.1,
+        "verdict": "good",
+        **changes,
+    }
+
+
+def test_the_page_tells_silent_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    found = {
+        ("banana", "pyroflows", 0): stored_result(),
+        ("banana", "pyroflows", 1): stored_result(centre_error=0.5),
+        ("two_modes", "pyroflows", 0): stored_result(centre_error=0.5, verdict="do not trust"),
+        ("student", "pyroflows", 0): stored_result(
+            centre_error=math.nan, verdict="use with weights"
+        ),
+        ("ring", "pyroflows", 0): {"problem": "FitError: nowhere finite"},
+        ("banana", "NUTS", 0): {"seconds": 9.0, "centre_error": 2.0, "spread_error": 0.1},
+    }
+    for job, result in found.items():
+        runs.path_of(*job).write_text(json.dumps(result))
+    page = report.text()
+    # Right: the first banana, and Student's t by its weights.
+    assert "| nasty | pyroflows | 5 | 2 | 1 | 1 | 3 |" in page
+    assert "| nasty | NUTS | 1 | 0 | - | - | 9 |" in page
+    assert "- banana, seed 1: a centre is off by 0.50 spreads" in page
+    assert "| banana | 2 | 0.30 (0.50) | 0.10 (0.10) |" in page
+    assert "| +0.020 | -0.100 | 3 | 5 |" in page  # its evidence is zero
+    assert "| banana | 0.30, 3 s | 2.00, 9 s |" in page
+    assert "- ring, pyroflows, seed 0: FitError: nowhere finite" in page
+
+
+def test_cost_by_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dims, "MORE", 20)
+    cost = dims.measure(5)
+    assert cost["dtype"] == "torch.float32"
+    assert cost["finite"]
+    assert abs(cost["elbo_gap"]) < 1.0

@@ -330,7 +330,7 @@ def draw() -> None:
         axes.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncol=len(methods), frameon=False)
-    figure.tight_layout(rect=(0, 0.8 / height, 1, 1))
+    figure.tight_layout(rect=(0, 0.5 / height, 1, 1))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=100)
     pyplot.close(figure)
