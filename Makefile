@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers benchmark-density bench-vi bench-vi-numpyro lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers benchmark-density bench-vi bench-vi-numpyro bench-mcmc lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -26,6 +26,9 @@ benchmark-density: $(READY)
 
 bench-vi: $(READY)
 	$(BIN)/python -m tests.benchmarks.vi
+
+bench-mcmc: $(READY)
+	$(BIN)/python -m tests.benchmarks.mcmc
 
 # NumPyro in an environment of its own, for bench-vi to run beside.
 bench-vi-numpyro:

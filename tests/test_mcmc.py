@@ -21,9 +21,11 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.mcmc.compiled import compiled
+from pyroflows.mcmc.fisher import Learner, diagonal, fisher_divergence
 from pyroflows.mcmc.imh import _Sampler
 from pyroflows.mcmc.kernels import stacked
 from pyroflows.mcmc.target import Target
+from pyroflows.testing import redraw_
 from tests.models import (
     MIXTURE_DATA,
     SCHOOL_ERRORS,
@@ -36,10 +38,8 @@ from tests.models import (
     mixture,
 )
 
-NUTPIE = pytest.param(
-    "nutpie",
-    marks=pytest.mark.skipif(find_spec("nutpie") is None, reason="needs the nutpie extra"),
-)
+needs_nutpie = pytest.mark.skipif(find_spec("nutpie") is None, reason="needs the nutpie extra")
+NUTPIE = pytest.param("nutpie", marks=needs_nutpie)
 every_kernel = pytest.mark.parametrize("kernel", ["nuts", NUTPIE, "imh"])
 
 SMALL = partial(pf.RealNVP, transforms=2, hidden_features=(8,), mixing="lu")
@@ -75,10 +75,10 @@ def wrong_guide(y: Tensor, scales: list[float]) -> pf.AutoFlow:
 @pytest.mark.parametrize("kernel", ["nuts", NUTPIE])
 def test_draws_of_nuts_are_those_of_the_posterior(kernel: str) -> None:
     y = gaussian_data()
-    options = {"chains": 2, "draws": 300, "warmup": 150, "seed": 0}
+    options = {"chains": 2, "draws": 250, "warmup": 100, "seed": 0}
     idata = pf.run_mcmc(gaussian, y, guide=wrong_guide(y, [0.5, 2.0]), kernel=kernel, **options)
     posterior = gaussian_posterior(y)
-    assert float(az.rhat(idata)["mean"].max()) < 1.05  # of 600 draws
+    assert float(az.rhat(idata)["mean"].max()) < 1.05  # of 500 draws
     assert within_error(idata, "mean", posterior.loc)
     draws = idata.posterior["mean"].values.reshape(-1, 2)
     np.testing.assert_allclose(np.cov(draws.T), posterior.covariance_matrix, atol=0.03)
@@ -286,6 +286,118 @@ def test_chains_of_unequal_length_keep_as_many_draws_as_can_be() -> None:
     assert stacked(chains).shape == (2, 90)
     assert stacked(chains[:2]).shape == (1, 100)
     assert stacked(chains)[1, 0] == 2
+
+
+# --- a flow learned in the warm-up ------------------------------------------------------------
+
+
+def banana(u: Tensor) -> Tensor:
+    """A curved density in the plane, ``(S, 2)`` to ``(S,)``."""
+    x, y = u.unbind(-1)
+    return -(x**2) / 2 - (y - x**2) ** 2
+
+
+def score(u: Tensor) -> Tensor:
+    u = u.detach().requires_grad_()
+    return torch.autograd.grad(banana(u).sum(), u)[0]
+
+
+def test_fisher_divergence_is_the_difference_of_scores() -> None:
+    """Pulled back through the Jacobian, which a loop over its rows confirms."""
+    flow = pf.RealNVP(2, transforms=2, hidden_features=(8,)).double()
+    redraw_(flow, 0.3)
+    u = torch.randn(4, 2).double()
+    transform = flow.transform.condition()
+    found = fisher_divergence(transform, u, score(u))
+    for point, value in zip(u, found, strict=True):
+        z = transform.inv(point).detach()
+        jacobian = torch.autograd.functional.jacobian(transform, z)
+        point = point.clone().requires_grad_()
+        (of_flow,) = torch.autograd.grad(flow().log_prob(point), point)
+        torch.testing.assert_close(
+            value, ((score(point[None])[0] - of_flow) @ jacobian).square().sum()
+        )
+
+
+def test_the_diagonal_map_of_a_normal_is_exact() -> None:
+    loc, scale = torch.tensor([1.0, -2.0]), torch.tensor([0.1, 5.0])
+    u = loc + scale * torch.randn(50, 2)
+    found = diagonal(u, (loc - u) / scale**2)
+    for one, other in zip(found, (loc, scale), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@needs_nutpie
+def test_the_maps_of_an_adapter_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By nutpie's contract: one point, seen from the straightened space and from outside."""
+
+    def curved() -> None:
+        u = pyro.sample("u", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("curve", -((u[..., 1] - u[..., 0] ** 2) ** 2))
+
+    monkeypatch.setattr("pyroflows.mcmc.fisher.STEPS", 40)
+    target = Target(pf.AutoFlow(curved, SMALL, example_args=()), (), {}, precondition=False)
+    probes = torch.randn(9, 2)
+    learner = Learner(target, None, probes, seed=0)
+    u = torch.randn(120, 2)
+    _, grads = target.values_and_grads(u)
+    adapter = learner.new_adapter(0, u[0].numpy(), grads[0].numpy(), 0)
+    diagonal_map = adapter.init_from_transformed_position(np.array([0.3, -0.2]))
+    adapter.update(0, list(u.double().numpy()), list(grads.double().numpy()), [0.0] * 120)
+    assert (adapter.transformation_id, learner.trained) == (1, True)
+    learned_map = adapter.init_from_transformed_position(np.array([0.3, -0.2]))
+    assert not np.allclose(diagonal_map[2], learned_map[2])
+    value, log_det, position, grad, pulled = learned_map
+    back = adapter.init_from_untransformed_position(position)
+    for one, other in zip(back, (value, log_det, grad, [0.3, -0.2], pulled), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    for one, other in zip(
+        adapter.inv_transform(position, grad), (log_det, [0.3, -0.2], pulled), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    # The pulled-back gradient is that of log density and log-determinant together.
+    step = 1e-2
+    for axis in range(2):
+        ends = []
+        for sign in (1, -1):
+            z = np.array([0.3, -0.2])
+            z[axis] += sign * step
+            ends.append(sum(adapter.init_from_transformed_position(z)[:2]))
+        np.testing.assert_allclose(
+            (ends[0] - ends[1]) / (2 * step), pulled[axis], rtol=0.05, atol=0.02
+        )
+
+
+@needs_nutpie
+def test_a_learned_flow_leaves_the_posterior_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pyroflows.mcmc.fisher.STEPS", 40)
+    y = gaussian_data()
+    kernel = pf.mcmc.Nutpie(adapt=True)
+    options = {"chains": 2, "draws": 200, "warmup": 200, "seed": 0}
+    idata = pf.run_mcmc(gaussian, y, kernel=kernel, precondition=False, **options)
+    assert within_error(idata, "mean", gaussian_posterior(y).loc)
+    assert int(idata.sample_stats["diverging"].sum()) == 0
+
+
+@pytest.mark.slow
+@needs_nutpie
+def test_a_funnel_in_a_hundred_dimensions() -> None:
+    """Nutpie's own flows need 42,527 gradients for 1,836 effective draws of this funnel."""
+
+    def funnel() -> None:
+        log_sigma = pyro.sample("log_sigma", dist.Normal(0.0, 1.0))
+        with pyro.plate("dims", 100):
+            pyro.sample("x", dist.Normal(0.0, (log_sigma / 2).exp()))
+
+    kernel = pf.mcmc.Nutpie(adapt=True)
+    options = {"chains": 2, "draws": 1500, "posterior_predictive": False, "seed": 0}
+    idata = pf.run_mcmc(funnel, kernel=kernel, precondition=False, **options)
+    effective = az.ess(idata)
+    assert min(float(effective[name].min()) for name in effective) >= 1800
+    assert idata.sample_stats.attrs["gradient_evaluations"] <= 42_500
+    assert int(idata.sample_stats["diverging"].sum()) == 0
+    assert within_error(idata, "log_sigma", torch.tensor(0.0))
+    assert abs(float(idata.posterior["log_sigma"].std()) - 1) < 0.1
 
 
 # --- recorded densities -----------------------------------------------------------------------

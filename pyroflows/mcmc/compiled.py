@@ -14,11 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 logger = logging.getLogger(__name__)
 
-ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, ...]]
 
 
 def compiled(function: ValueAndGrad, probes: Tensor) -> ValueAndGrad:
-    """The function's tensor operations alone, gradient included; several times faster.
+    """The function's tensor operations alone, gradients included; several times faster.
 
     A model and a flow of small tensors spend nearly all their time in Python: in Pyro's handlers,
     in modules, in autograd. All that is the same at every point, so the operations are recorded
@@ -31,7 +31,7 @@ def compiled(function: ValueAndGrad, probes: Tensor) -> ValueAndGrad:
     Parameters
     ----------
     function
-        From a point ``(D,)`` to a scalar and a gradient ``(D,)``.
+        From a point ``(D,)`` to tensors, such as a scalar and its gradient.
     probes
         Points ``(P, D)`` to compare at.
     """
@@ -58,7 +58,7 @@ def compiled(function: ValueAndGrad, probes: Tensor) -> ValueAndGrad:
 
 
 def _recorded(function: ValueAndGrad, example: Tensor) -> Any:
-    def plain(z: Tensor) -> tuple[Tensor, Tensor]:
+    def plain(z: Tensor) -> tuple[Tensor, ...]:
         return function(z)  # make_fx takes the self of a bound method for an argument
 
     return _folded(make_fx(plain)(example))
@@ -73,14 +73,14 @@ def _scripted(function: ValueAndGrad, example: Tensor) -> Any:
 def _replayed(record: Any, function: ValueAndGrad) -> ValueAndGrad:
     one_at_a_time = threading.Lock()  # a record may be replayed in many threads, Pyro may not
 
-    def call(z: Tensor) -> tuple[Tensor, Tensor]:
+    def call(z: Tensor) -> tuple[Tensor, ...]:
         try:
             with torch.no_grad():
-                value, grad = record(z)
+                found: tuple[Tensor, ...] = record(z)
         except RuntimeError:  # a matrix without a factor, which the function knows to score
             with one_at_a_time:
                 return function(z)
-        return value, grad
+        return found
 
     return call
 
@@ -110,11 +110,12 @@ def _folded(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> bool:
+def _agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     # Operations may be reordered, so rounding may differ; a wrong record differs by far more.
     rtol = 1e4 * torch.finfo(expected[0].dtype).eps
-    scale = 1 + float(expected[1].abs().max().nan_to_num(0, 0, 0))
+    scale = max(float(e.abs().nan_to_num(0, 0, 0).max()) for e in expected)
     return all(
-        f.shape == e.shape and torch.allclose(f, e, rtol=rtol, atol=rtol * scale, equal_nan=True)
+        f.shape == e.shape
+        and torch.allclose(f, e, rtol=rtol, atol=rtol * (1 + scale), equal_nan=True)
         for f, e in zip(found, expected, strict=True)
     )

@@ -54,19 +54,22 @@ class Chains:
     Attributes
     ----------
     points
-        Shape ``(chains, draws, D)``, in the space of the target.
+        Shape ``(chains, draws, D)``, in the space of the target, or latents.
     stats
         Values for each draw, ``(chains, draws)``, under ArviZ's names.
     evaluations
         How often the log density was evaluated, alone or with its gradient, in the warm-up too.
     interrupted
         Whether the run was ended early.
+    latents
+        Whether the points are unconstrained latents already.
     """
 
     points: Tensor
     stats: dict[str, Tensor] = field(default_factory=dict)
     evaluations: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
+    latents: bool = False
 
 
 class Kernel(Protocol):

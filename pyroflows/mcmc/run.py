@@ -216,7 +216,8 @@ def _as_draws(found: Chains, target: Target, attrs: dict[str, Any]) -> Draws:
         warnings.warn(
             f"the run was interrupted: {chains} chains of {length} draws are returned", stacklevel=3
         )
-    latents, lp = target.latents(found.points.reshape(-1, dim))
+    space = target.plain() if found.latents else target
+    latents, lp = space.latents(found.points.reshape(-1, dim))
     stats = {name: value.reshape(-1) for name, value in found.stats.items()}
     return Draws(
         samples=target.guide.unpack(latents),

@@ -65,6 +65,10 @@ class Target:
                 f"{self.base.support}. Use a guide with a normal base, or precondition=False."
             )
 
+    def plain(self) -> Target:
+        """The same posterior over the unconstrained latents."""
+        return Target(self.guide, self.args, self.kwargs, precondition=False)
+
     # --- densities ----------------------------------------------------------------------------
 
     def _straight(self, z: Tensor) -> tuple[Tensor, Tensor]:
