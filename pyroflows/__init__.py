@@ -12,7 +12,7 @@ from pyroflows import (
     training,
     transforms,
 )
-from pyroflows.diagnostics import PSIS, psis, to_arviz
+from pyroflows.diagnostics import PSIS, c2st, local_c2st, psis, sbc, simulate, to_arviz
 from pyroflows.distributions import FlowDistribution
 from pyroflows.flows import (
     BNAF,
@@ -50,7 +50,6 @@ from pyroflows.training import (
     fit_svi,
     refine,
     select,
-    simulate,
 )
 
 __version__ = "0.1.0"
@@ -81,6 +80,7 @@ __all__ = [
     "ResidualFlow",
     "Sylvester",
     "TransformerAR",
+    "c2st",
     "diagnostics",
     "distributions",
     "fit_flow_matching",
@@ -93,6 +93,7 @@ __all__ = [
     "layers",
     "list_flows",
     "load",
+    "local_c2st",
     "mcmc",
     "nn",
     "numerics",
@@ -101,6 +102,7 @@ __all__ = [
     "refine",
     "run_mcmc",
     "save",
+    "sbc",
     "select",
     "simulate",
     "to_arviz",

@@ -191,6 +191,12 @@ class AutoAmortizedFlow(AutoGuide):
         """Global latents ``{site: (N, *shape)}`` as unconstrained vectors ``(N, D)``."""
         return self._blocks[0].pack(values, reading)
 
+    def unpack(self, latents: Tensor, reading: Reading) -> dict[str, Tensor]:
+        """Unconstrained global vectors ``(..., D)`` as values ``{site: (..., *shape)}``."""
+        rows = latents.reshape(-1, latents.shape[-1])
+        parts = self._blocks[0].split(rows, reading)
+        return {site: v.reshape(*latents.shape[:-1], *v.shape[1:]) for site, v in parts.items()}
+
     def read(self, *args: Any, **kwargs: Any) -> Reading:
         """The sites, plates and data of the model at these arguments; the first call builds."""
         reading = read_model(self.original_model, args, kwargs, self._at(init_to_feasible))

@@ -88,6 +88,14 @@ class Block:
             parts.append(free.reshape(len(free), self.shapes[name].numel()))
         return torch.cat(parts, -1)
 
+    def split(self, u: Tensor, reading: Reading) -> dict[str, Tensor]:
+        """The inverse of `pack`."""
+        parts = u.split([shape.numel() for shape in self.shapes.values()], -1)
+        return {
+            name: biject_to(reading.sites[name]["fn"].support)(part.reshape(len(u), *shape))
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
     @torch.no_grad()
     def locate(self, readings: Collection[Reading]) -> tuple[Tensor, Tensor]:
         """Robust location and scale of the vector over the rows of several readings."""

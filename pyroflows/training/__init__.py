@@ -7,7 +7,6 @@ from pyroflows.training.mle import fit_mle
 from pyroflows.training.npe import NegativeLogPosterior, NPEFit, fit_npe, refine
 from pyroflows.training.result import FlowMatchingFit, History, MLEFit, SVIFit
 from pyroflows.training.selection import Selection, select
-from pyroflows.training.simulation import Simulations, simulate
 from pyroflows.training.svi import fit_svi
 
 __all__ = [
@@ -22,12 +21,10 @@ __all__ = [
     "NegativeLogPosterior",
     "SVIFit",
     "Selection",
-    "Simulations",
     "fit_flow_matching",
     "fit_mle",
     "fit_npe",
     "fit_svi",
     "refine",
     "select",
-    "simulate",
 ]

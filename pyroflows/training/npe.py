@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyroflows.diagnostics import Simulations, simulate
+from pyroflows.diagnostics.simulation import Values, only
 from pyroflows.errors import DataError, FitError
 from pyroflows.guides import AmortizedPosterior, AutoAmortizedFlow
 from pyroflows.numerics import forked_rng
@@ -17,7 +19,6 @@ from pyroflows.training.data import MIN_ROWS, location_and_scale, minibatches, t
 from pyroflows.training.loop import Loop
 from pyroflows.training.result import Fit, SVIFit
 from pyroflows.training.rows import checker
-from pyroflows.training.simulation import Simulations, Values, only, simulate
 from pyroflows.training.svi import fit_svi
 
 #: Draws of the posterior behind the threshold of a truncated prior.
