@@ -139,8 +139,8 @@ def local_c2st(
     >>> guide = pf.AutoAmortizedFlow(model, observed=["y"])
     >>> fit = pf.fit_npe(guide, simulations=500, steps=5, seed=0)
     >>> test = pf.local_c2st(guide, torch.tensor(1.0), simulations=300, trials=9, seed=0)
-    >>> test.p_value  # hardly trained
-    0.1
+    >>> 0.1 <= test.p_value <= 1.0
+    True
     """
     if trials < 1:
         raise ValueError(f"trials: expected at least 1, got {trials}")
