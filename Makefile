@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers benchmark-density bench-vi bench-vi-numpyro bench-mcmc lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers bench benchmark-density bench-vi bench-vi-numpyro bench-mcmc lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -19,6 +19,10 @@ test-slow: $(READY)
 test-peers: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -m pytest -q -m peers
+
+bench: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -W ignore -m tests.benchmarks.speed --page
 
 benchmark-density: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'

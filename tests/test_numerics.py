@@ -96,17 +96,16 @@ def test_sum_rightmost(shape: list[int], data: st.DataObject) -> None:
 # --- splines ----------------------------------------------------------------------------------
 
 
-def raw_parameters(bins: int, *batch: int, scale: float = 1.0) -> list[torch.Tensor]:
+def raw_parameters(bins: int, *batch: int, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    sizes = (bins, bins, bins - 1)
-    return [scale * torch.randn(n, *batch, dtype=F64, generator=generator) for n in sizes]
+    return scale * torch.randn(3 * bins - 1, *batch, dtype=F64, generator=generator)
 
 
 @pytest.mark.parametrize("bins", [1, 2, 8])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_spline_of_zeros_is_the_identity(bins: int, inverse: bool) -> None:
     x = torch.linspace(-7, 7, 57, dtype=F64)
-    y, ladj = rational_quadratic_spline(x, *raw_parameters(bins, scale=0.0), 5.0, inverse)
+    y, ladj = rational_quadratic_spline(x, raw_parameters(bins, scale=0.0), 5.0, inverse)
     torch.testing.assert_close(y, x, rtol=0, atol=1e-14)
     torch.testing.assert_close(ladj, torch.zeros_like(x), rtol=0, atol=1e-14)
 
@@ -116,15 +115,15 @@ def test_spline_of_zeros_is_the_identity(bins: int, inverse: bool) -> None:
 def test_spline_is_smooth_monotone_and_hits_its_corners(scale: float, inverse: bool) -> None:
     parameters = raw_parameters(6, scale=scale)
     edges = torch.tensor([-3.0, 3.0], dtype=F64)
-    y, ladj = rational_quadratic_spline(edges, *parameters, 3.0, inverse)
+    y, ladj = rational_quadratic_spline(edges, parameters, 3.0, inverse)
     assert torch.equal(y, edges)
     assert torch.equal(ladj, torch.zeros_like(edges))
     near = edges * (1 - 1e-12)
-    y, ladj = rational_quadratic_spline(near, *parameters, 3.0, inverse)
+    y, ladj = rational_quadratic_spline(near, parameters, 3.0, inverse)
     torch.testing.assert_close(y, edges, rtol=0, atol=1e-8)
     torch.testing.assert_close(ladj, torch.zeros_like(edges), rtol=0, atol=1e-5)
     x = torch.linspace(-4, 4, 4001, dtype=F64)
-    y, ladj = rational_quadratic_spline(x, *parameters, 3.0, inverse)
+    y, ladj = rational_quadratic_spline(x, parameters, 3.0, inverse)
     assert (y.diff() > 0).all()
     # Trapezoidal sum of the slope: the derivative is that of the value, knots included.
     if scale < 10:
@@ -133,7 +132,8 @@ def test_spline_is_smooth_monotone_and_hits_its_corners(scale: float, inverse: b
 
 def test_spline_agrees_with_a_knot_by_knot_evaluation() -> None:
     """The formula of the paper, written for one point at a time."""
-    widths, heights, slopes = raw_parameters(5)
+    parameters = raw_parameters(5)
+    widths, heights, slopes = parameters.split([5, 5, 4])
     bound, smallest = 3.0, 1e-3
 
     def knots(raw: torch.Tensor) -> list[float]:
@@ -153,7 +153,7 @@ def test_spline_agrees_with_a_knot_by_knot_evaluation() -> None:
         expected = ky[k] + h * (s * xi**2 + d[k] * xi * (1 - xi)) / bottom
         top = d[k + 1] * xi**2 + 2 * s * xi * (1 - xi) + d[k] * (1 - xi) ** 2
         point = torch.tensor(x, dtype=F64)
-        y, ladj = rational_quadratic_spline(point, widths, heights, slopes, bound)
+        y, ladj = rational_quadratic_spline(point, parameters, bound)
         assert y.item() == pytest.approx(expected, abs=1e-12)
         assert ladj.item() == pytest.approx(math.log(s**2 * top / bottom**2), abs=1e-11)
 
@@ -172,11 +172,11 @@ def test_spline_broadcasts_points_and_parameters(
     for batch in (shape, shape[1:], []):
         parameters = raw_parameters(bins, *batch)
         full = torch.broadcast_shapes(x.shape, batch)
-        y, ladj = rational_quadratic_spline(x, *parameters, 3.0, inverse)
+        y, ladj = rational_quadratic_spline(x, parameters, 3.0, inverse)
         assert y.shape == ladj.shape == full
-        every = [p.reshape(len(p), *(1,) * (len(full) - len(batch)), *batch) for p in parameters]
-        whole = [p.expand(len(p), *full) for p in every]
-        expected = rational_quadratic_spline(x.expand(full), *whole, 3.0, inverse)
+        missing = (1,) * (len(full) - len(batch))
+        whole = parameters.reshape(len(parameters), *missing, *batch).expand(-1, *full)
+        expected = rational_quadratic_spline(x.expand(full), whole, 3.0, inverse)
         # The bins are laid out once for all points that share them, and may round otherwise.
         torch.testing.assert_close((y, ladj), expected, rtol=1e-11, atol=1e-11)
 
@@ -187,16 +187,16 @@ def test_spline_inverts_and_has_finite_gradients_for_any_parameters(
     dtype: torch.dtype, scale: float
 ) -> None:
     """Bins at their least width and slopes at their limits, at edges and far out."""
-    parameters = [p.to(dtype).requires_grad_() for p in raw_parameters(8, 64, scale=scale)]
+    parameters = raw_parameters(8, 64, scale=scale).to(dtype).requires_grad_()
     x = torch.cat([torch.linspace(-5, 5, 61), torch.tensor([-1e4, 1e4, 5.5])]).to(dtype)
     x.requires_grad_()
     for inverse in (False, True):
-        y, ladj = rational_quadratic_spline(x, *parameters, 5.0, inverse)
-        gradients = torch.autograd.grad(y.sum() + ladj.sum(), [x, *parameters])
+        y, ladj = rational_quadratic_spline(x, parameters, 5.0, inverse)
+        gradients = torch.autograd.grad(y.sum() + ladj.sum(), [x, parameters])
         assert all(g.isfinite().all() for g in (y, ladj, *gradients))
     if dtype == F64:
-        y, ladj = rational_quadratic_spline(x, *parameters, 5.0)
-        back = rational_quadratic_spline(y, *parameters, 5.0, inverse=True)[0]
+        y, ladj = rational_quadratic_spline(x, parameters, 5.0)
+        back = rational_quadratic_spline(y, parameters, 5.0, inverse=True)[0]
         # The error of a value, seen through the inverse map's slope.
         allowed = 1e-13 * (1 + (-ladj).exp()) * (1 + x.abs())
         assert ((back - x).abs() <= allowed).all()
@@ -205,7 +205,7 @@ def test_spline_inverts_and_has_finite_gradients_for_any_parameters(
 def test_spline_returns_nan_for_nan() -> None:
     x = torch.tensor([torch.nan, 0.0], dtype=F64)
     for inverse in (False, True):
-        y, ladj = rational_quadratic_spline(x, *raw_parameters(4), 3.0, inverse)
+        y, ladj = rational_quadratic_spline(x, raw_parameters(4), 3.0, inverse)
         assert y.isnan().tolist() == ladj.isnan().tolist() == [True, False]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,18 @@ def widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
             f"{hidden_features!r}"
         )
     return hidden
+
+
+def linear_by_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map whose result lies in memory output by output, not row by row.
+
+    Flows read raw parameters kind by kind, for all rows at once. ``(*batch, inputs)`` to
+    ``(*batch, outputs)``.
+    """
+    batch = x.shape[:-1]
+    rows = x.reshape(batch.numel(), x.shape[-1])
+    out = torch.addmm(bias.unsqueeze(-1), weight, rows.mT).mT
+    return out.unflatten(0, batch) if batch else out.squeeze(0)
 
 
 class ZeroStart(nn.Module):
@@ -138,8 +151,10 @@ class ResidualMLP(ZeroStart):
             h = self.constant
         # Without features the batch of x still counts.
         h = h.expand(*torch.broadcast_shapes(h.shape[:-1], x.shape[:-1]), h.shape[-1])
-        for i, layer in enumerate(self.layers, start=1):
-            residual = i < len(self.layers) and is_residual(self.hidden_features, i)
+        if not len(self.layers):
+            return h
+        for i, layer in enumerate(self.layers[:-1], start=1):
             out = layer(self.activation(h))
-            h = h + out if residual else out
-        return h
+            h = h + out if is_residual(self.hidden_features, i) else out
+        last = cast("nn.Linear", self.layers[-1])
+        return linear_by_output(self.activation(h), last.weight, last.bias)

@@ -10,12 +10,12 @@ from pyroflows.numerics.fixed_point import (
 )
 from pyroflows.numerics.masks import autoregressive_mask, binary_code, hidden_degrees
 from pyroflows.numerics.ode import integrate
+from pyroflows.numerics.quadratic import rational_quadratic_spline
 from pyroflows.numerics.quadrature import gauss_legendre, legendre_rule
 from pyroflows.numerics.rational import linear_rational_spline
 from pyroflows.numerics.rng import forked_rng
 from pyroflows.numerics.roots import increasing_root
 from pyroflows.numerics.score_matching import batch_and_match
-from pyroflows.numerics.splines import rational_quadratic_spline
 from pyroflows.numerics.sums import sum_rightmost
 from pyroflows.numerics.tails import straight_tails
 

@@ -21,10 +21,9 @@ class RationalQuadraticTransform(Transform):
 
     Parameters
     ----------
-    widths, heights
-        Raw bin sizes, shape ``(bins, ...)``.
-    slopes
-        Raw logarithms of the inner slopes, shape ``(bins - 1, ...)``.
+    params
+        Raw widths, raw heights and raw logarithms of the inner slopes, one after the other, shape
+        ``(3 bins - 1, ...)``; see `pyroflows.numerics.rational_quadratic_spline`.
     bound
         Half-width of the box.
 
@@ -33,20 +32,16 @@ class RationalQuadraticTransform(Transform):
     Durkan, Bekasov, Murray and Papamakarios, "Neural spline flows", NeurIPS 2019.
     """
 
-    def __init__(self, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float) -> None:
+    def __init__(self, params: Tensor, bound: float) -> None:
         super().__init__()
-        self.widths = widths
-        self.heights = heights
-        self.slopes = slopes
+        self.params = params
         self.bound = bound
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(x, self.widths, self.heights, self.slopes, self.bound)
+        return rational_quadratic_spline(x, self.params, self.bound)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(
-            y, self.widths, self.heights, self.slopes, self.bound, inverse=True
-        )
+        return rational_quadratic_spline(y, self.params, self.bound, inverse=True)
 
 
 class LinearRationalTransform(Transform):
@@ -102,10 +97,9 @@ class CircularRationalQuadraticTransform(Transform):
     ----------
     phase
         The rotation :math:`\varphi` in radians, broadcast against the angles.
-    widths, heights
-        Raw bin sizes, shape ``(bins, ...)``.
-    slopes
-        Raw logarithms of the slopes at the left ends of the bins, shape ``(bins, ...)``.
+    params
+        Raw widths, raw heights and raw logarithms of the slopes at the left ends of the bins, one
+        after the other, shape ``(3 bins, ...)``.
 
     References
     ----------
@@ -116,17 +110,13 @@ class CircularRationalQuadraticTransform(Transform):
     domain = ANGLES
     codomain = ANGLES
 
-    def __init__(self, phase: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor) -> None:
+    def __init__(self, phase: Tensor, params: Tensor) -> None:
         super().__init__()
         self.phase = phase
-        self.widths = widths
-        self.heights = heights
-        self.slopes = slopes
+        self.params = params
 
     def _spline(self, angle: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        return rational_quadratic_spline(
-            angle, self.widths, self.heights, self.slopes, math.pi, inverse, periodic=True
-        )
+        return rational_quadratic_spline(angle, self.params, math.pi, inverse, periodic=True)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y, ladj = self._spline(x, inverse=False)
@@ -182,8 +172,7 @@ class RationalQuadratic:
         return 3 * self.bins - 1
 
     def __call__(self, params: Tensor) -> RationalQuadraticTransform:
-        widths, heights, slopes = params.split([self.bins, self.bins, self.bins - 1])
-        return RationalQuadraticTransform(widths, heights, slopes, self.bound)
+        return RationalQuadraticTransform(params, self.bound)
 
 
 @dataclass(frozen=True)
@@ -239,4 +228,4 @@ class CircularRationalQuadratic:
         return 3 * self.bins + 1
 
     def __call__(self, params: Tensor) -> CircularRationalQuadraticTransform:
-        return CircularRationalQuadraticTransform(params[0], *params[1:].split(self.bins))
+        return CircularRationalQuadraticTransform(params[0], params[1:])

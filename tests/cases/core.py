@@ -76,8 +76,8 @@ class Owned(nn.Module):
 SPLINE = pft.RationalQuadratic(bins=4, bound=3.0)
 
 
-def spline_in_hand(widths: Tensor, heights: Tensor, slopes: Tensor) -> Any:
-    return pft.RationalQuadraticTransform(widths, heights, slopes, bound=3.0)
+def spline_in_hand(params: Tensor) -> Any:
+    return pft.RationalQuadraticTransform(params, bound=3.0)
 
 
 def steep(raw: Tensor) -> pft.Transform:
@@ -91,7 +91,7 @@ TRANSFORMS = [
     held(
         "rational-quadratic",
         spline_in_hand,
-        *((4, 3), (4, 3), (3, 3)),
+        (11, 3),
         covers=("transforms.RationalQuadraticTransform", "numerics.rational_quadratic_spline"),
         bound=3.0,
     ),

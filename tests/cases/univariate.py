@@ -81,7 +81,7 @@ TRANSFORMS += [
     held(
         "circular",
         pft.CircularRationalQuadraticTransform,
-        *((3,), (4, 3), (4, 3), (4, 3)),
+        *((3,), (12, 3)),
         support=ANGLES,
         base_support=ANGLES,
     ),

@@ -1,0 +1,1 @@
+"""What flows cost beside other packages, and beside the conditioner networks alone."""
