@@ -148,6 +148,23 @@ def test_what_the_guide_covers_is_not_missed() -> None:
         assert missed_mass(density, found, found.elbo[0].item()) == 0.0
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draw_in_a_tail_is_no_mode(seed: int) -> None:
+    """The Gaussian is the guide; one of its draws has up to 80 times the mean weight."""
+
+    def model(times: Tensor) -> None:
+        shape = pyro.sample("shape", dist.Gamma(1.0, 0.2))
+        rate = pyro.sample("rate", dist.Gamma(1.0, 0.2))
+        with pyro.plate("rows", len(times)):
+            pyro.sample("time", dist.Gamma(shape, rate), obs=times)
+
+    guide = pf.AutoFlow(model)
+    times = torch.tensor([0.8, 2.1, 0.3])
+    report = pf.fit_svi(guide, times, seed=seed, budget=0, progress=False).psis
+    assert report.log_evidence == pytest.approx(-5.1767, abs=0.05)  # by quadrature
+    assert report.missed == 0.0
+
+
 def test_a_trained_guide_keeps_its_place() -> None:
     y = gaussian_data()
     guide = pf.AutoFlow(gaussian, example_args=(y,))
