@@ -96,7 +96,7 @@ def test_a_badly_scaled_gaussian_posterior_is_matched(dtype: torch.dtype) -> Non
     guide = pf.AutoFlow(model, example_args=())
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        assert find_start(Density(guide, (), {}), 4) is not None
+        find_start(Density(guide, (), {}), 4)
     whitening = guide.flow.transform.standardization
     root = (whitening.scale.unsqueeze(-1) * whitening.factor).double()
     relative = torch.linalg.solve_triangular(target.scale_tril, root, upper=False)
@@ -143,7 +143,7 @@ def test_what_the_guide_covers_is_not_missed() -> None:
         torch.manual_seed(0)
         points = posterior.loc + torch.randn(8, len(posterior.loc), dtype=torch.float64)
         found = find_gaussians(density, points)
-        guide.flow.transform.standardization.set_covariance_(found.loc[0], found.covariance[0])
+        guide.flow.transform.standardization.set_covariance_(found.loc[0], found.covariance[0, 0])
         assert len(found.loc) == 1
         assert missed_mass(density, found, found.elbo[0].item()) == 0.0
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyroflows.guides import AutoFlow
+from pyroflows.guides.default import DENSE
 from pyroflows.layers import Whitening
 from pyroflows.numerics import ascend, batch_and_match
 
@@ -91,8 +92,11 @@ class Gaussians:
 
     Attributes
     ----------
-    loc, covariance
-        Shapes ``(K, D)`` and ``(K, D, D)``.
+    loc
+        Shape ``(K, D)``.
+    covariance
+        Of blocks of the vector that are independent of each other, shape ``(K, blocks, d, d)``:
+        one block for dense covariances, ``D`` for diagonal ones.
     elbo
         Shape ``(K,)``; minus infinity where more than a tenth of the draws have no density.
     """
@@ -104,33 +108,54 @@ class Gaussians:
     def __getitem__(self, index: Tensor | list[int]) -> Gaussians:
         return Gaussians(self.loc[index], self.covariance[index], self.elbo[index])
 
+    @classmethod
+    def around(cls, points: Tensor) -> Gaussians:
+        """Narrow ones around points ``(K, D)``: dense, or diagonal of many latents."""
+        count, size = points.shape
+        block = size if size <= DENSE else 1
+        near = NEAR**2 * torch.eye(block, dtype=points.dtype)
+        covariance = near.expand(count, size // block, block, block)
+        return cls(points, covariance, torch.full((count,), -math.inf, dtype=points.dtype))
+
+    def _blocks(self, vectors: Tensor) -> Tensor:
+        """``(K, S, D)`` to ``(K, blocks, S, d)``."""
+        return vectors.unflatten(-1, self.covariance.shape[1:3]).transpose(1, 2)
+
     def draw(self, draws: int) -> tuple[Tensor, Tensor]:
         """Draws ``(K, S, D)`` and their log densities ``(K, S)``."""
         factor, failed = torch.linalg.cholesky_ex(self.covariance)
-        noise = torch.randn(len(self.loc), draws, self.loc.shape[-1], dtype=self.loc.dtype)
-        constant = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        constant = constant + 0.5 * self.loc.shape[-1] * math.log(2 * math.pi)
+        count, size = self.loc.shape
+        noise = torch.randn(count, draws, size, dtype=self.loc.dtype)
+        constant = factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
+        constant = constant + 0.5 * size * math.log(2 * math.pi)
         log_q = -0.5 * noise.square().sum(-1) - constant.unsqueeze(-1)
         # A singular covariance has no density: nothing of it is used.
-        log_q = torch.where((failed == 0).unsqueeze(-1), log_q, math.nan)
-        return self.loc.unsqueeze(-2) + noise @ factor.mT, log_q
+        log_q = torch.where((failed == 0).all(-1, keepdim=True), log_q, math.nan)
+        away = (self._blocks(noise) @ factor.mT).transpose(1, 2).flatten(-2)
+        return self.loc.unsqueeze(-2) + away, log_q
 
     def matched(self, draws: Tensor, scores: Tensor, usable: Tensor, rate: float) -> Gaussians:
         """Updated by scores; draws that are not usable count as the mean of the others."""
         weights = usable.double() / usable.sum(-1, keepdim=True).clamp_min(1)
         centres = [(weights.unsqueeze(-1) * rows).sum(-2, keepdim=True) for rows in (draws, scores)]
         draws, scores = (
-            torch.where(usable.unsqueeze(-1), rows, centre)
+            self._blocks(torch.where(usable.unsqueeze(-1), rows, centre))
             for rows, centre in zip((draws, scores), centres, strict=True)
         )
-        loc, covariance = batch_and_match(self.loc, self.covariance, draws, scores, rate)
-        return Gaussians(loc, covariance, torch.full_like(self.elbo, -math.inf))
+        before = self._blocks(self.loc.unsqueeze(1)).squeeze(-2)
+        loc, covariance = batch_and_match(before, self.covariance, draws, scores, rate)
+        return Gaussians(loc.flatten(1), covariance, torch.full_like(self.elbo, -math.inf))
+
+    def spread(self, line: Tensor) -> Tensor:
+        """Standard deviations ``(K,)`` along a unit vector."""
+        parts = line.unflatten(-1, self.covariance.shape[1:3])
+        return torch.einsum("bi,kbij,bj->k", parts, self.covariance, parts).sqrt()
 
 
 def _where(keep: Tensor, a: Gaussians, b: Gaussians) -> Gaussians:
     return Gaussians(
         torch.where(keep[:, None], a.loc, b.loc),
-        torch.where(keep[:, None, None], a.covariance, b.covariance),
+        torch.where(keep[:, None, None, None], a.covariance, b.covariance),
         torch.where(keep, a.elbo, b.elbo),
     )
 
@@ -165,20 +190,22 @@ def starting_points(guide: AutoFlow, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def find_start(density: Density, count: int) -> Gaussians | None:
-    """Set the guide's whitening to the best Gaussian found, unless the guide is better already.
+def find_start(density: Density, count: int) -> Gaussians:
+    """Set the guide's standardization to the best Gaussian found, unless the guide is better.
 
-    Returns all that were found; None where the guide cannot take a covariance.
+    Returns all that were found, the best first.
     """
-    whitening = density.guide.flow.transform.standardization
-    if not isinstance(whitening, Whitening):
-        return None
     gaussians = find_gaussians(density, starting_points(density.guide, count))
-    before = copy.deepcopy(whitening.state_dict())
+    standardization = density.guide.flow.transform.standardization
+    before = copy.deepcopy(standardization.state_dict())
     elbo = _guide_lower_bound(density)
-    whitening.set_covariance_(gaussians.loc[0], gaussians.covariance[0])
+    loc, covariance = gaussians.loc[0], gaussians.covariance[0]
+    if isinstance(standardization, Whitening) and len(covariance) == 1:
+        standardization.set_covariance_(loc, covariance[0])
+    else:
+        standardization.set_(loc, covariance.diagonal(dim1=-2, dim2=-1).flatten().sqrt())
     if not _guide_lower_bound(density) > elbo + NOISE:
-        whitening.load_state_dict(before)
+        standardization.load_state_dict(before)
     return gaussians
 
 
@@ -226,9 +253,7 @@ def find_gaussians(density: Density, points: Tensor, draws: int = DRAWS) -> Gaus
 
 def _around(density: Density, points: Tensor, draws: int) -> Gaussians:
     """Gaussians that match the scores near points."""
-    size = points.shape[-1]
-    near = NEAR**2 * torch.eye(size, dtype=points.dtype).expand(len(points), -1, -1)
-    first = Gaussians(points, near, torch.full((len(points),), -math.inf, dtype=points.dtype))
+    first = Gaussians.around(points)
     z, _ = first.draw(draws // 2)
     log_p, scores = density(z)
     found = first.matched(z, scores, log_p.isfinite(), 1e6)
@@ -253,8 +278,7 @@ def _distance(gaussians: Gaussians, i: int, k: int) -> float:
     if length == 0:
         return 0.0
     line = line / length
-    spread = max((line @ gaussians.covariance[j] @ line).item() for j in (i, k))
-    return length / math.sqrt(spread)
+    return length / gaussians[[i, k]].spread(line).max().item()
 
 
 def _match(density: Density, now: Gaussians, draws: int) -> Gaussians:
@@ -271,7 +295,7 @@ def _match(density: Density, now: Gaussians, draws: int) -> Gaussians:
         now = _where(now.elbo.isfinite(), now, best)
         if usable.all() and gap.std(-1).max() < EXACT:
             break
-        now = now.matched(z, scores, usable, draws * z.shape[-1] / (step + 1))
+        now = now.matched(z, scores, usable, draws * now.covariance.shape[-1] / (step + 1))
     tried = []
     for gaussians in (now, best, first):
         z, log_q = gaussians.draw(10 * draws)
