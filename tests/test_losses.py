@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro
@@ -16,6 +17,7 @@ from tests.models import (
     gaussian,
     gaussian_data,
     gaussian_evidence,
+    gaussian_posterior,
 )
 
 
@@ -41,6 +43,69 @@ def test_the_estimators_have_one_expectation() -> None:
     # And they are not one and the same thing.
     assert not torch.allclose(samples["stl"], samples["total"])
     assert samples["stl"].mean(0).norm() > 5 * error.norm()
+
+
+def moved_gaussian_guide(y: Tensor, scale: float = 0.05) -> pf.AutoFlow:
+    guide = exact_gaussian_guide(y)
+    with torch.no_grad():
+        for parameter in guide.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return guide
+
+
+def naive_gradient(guide: pf.AutoFlow, alpha: float, draws: int, y: Tensor) -> Tensor:
+    """Of the negative Renyi bound, by differentiating all of it."""
+    z, log_q = guide.get_posterior().rsample_and_log_prob((draws,))
+    powers = (1 - alpha) * (guide.log_joint(z, y) - log_q)
+    loss = -(powers.logsumexp(0) - math.log(draws)) / (1 - alpha)
+    grads = torch.autograd.grad(loss, list(guide.parameters()), allow_unused=True)
+    return torch.cat([g.flatten() for g in grads if g is not None])
+
+
+@pytest.mark.parametrize(("estimator", "alpha"), [("iw", 0.0), ("renyi", 0.5)])
+def test_bounds_by_path_gradients_have_the_gradient_of_the_bound(
+    estimator: str, alpha: float
+) -> None:
+    y = gaussian_data(dtype=torch.float64)
+    guide = moved_gaussian_guide(y)
+    path = torch.stack([gradients(guide, estimator, 4, y) for _ in range(300)])
+    naive = torch.stack([naive_gradient(guide, alpha, 4, y) for _ in range(300)])
+    error = ((path.var(0) + naive.var(0)) / 300).sqrt()
+    assert ((path.mean(0) - naive.mean(0)).abs() <= 5 * error + 1e-12).all()
+    assert path.mean(0).norm() > 3 * (path.var(0) / 300).sqrt().norm()
+    # Nearer to the posterior than a general guide, most of the naive one's variance is noise.
+    assert path.var(0).sum() < naive.var(0).sum()
+
+
+def test_bounds_are_tighter_and_in_order() -> None:
+    y = gaussian_data(dtype=torch.float64)
+    guide = moved_gaussian_guide(y, 0.02)
+    values = {}
+    for estimator in ("stl", "renyi", "iw"):
+        torch.manual_seed(0)
+        values[estimator] = -NegativeELBO(guide, 20_000, estimator)((y,)).item()
+    assert values["stl"] < values["renyi"] < values["iw"]
+    assert values["iw"] == pytest.approx(gaussian_evidence(y), abs=0.02)
+
+
+def test_the_forward_estimator_follows_the_divergence_from_the_posterior() -> None:
+    y = gaussian_data(dtype=torch.float64)
+    guide = moved_gaussian_guide(y, 0.02)
+    mine = torch.stack([gradients(guide, "forward", 4000, y) for _ in range(30)])
+    draws = gaussian_posterior(y).sample((200_000,))
+    loss = -guide.get_posterior().log_prob(draws)
+    parameters = [p for p in guide.parameters() if p.requires_grad]
+    exact = torch.stack(
+        [
+            torch.cat(
+                [g.flatten() for g in torch.autograd.grad(part, parameters, retain_graph=True)]
+            )
+            for part in loss.reshape(10, -1).mean(-1)
+        ]
+    )
+    error = (mine.var(0) / len(mine) + exact.var(0) / len(exact)).sqrt()
+    assert ((mine.mean(0) - exact.mean(0)).abs() <= 5 * error + 1e-3).all()
+    assert exact.mean(0).norm() > 10 * error.norm()
 
 
 def test_path_gradients_have_no_variance_at_the_posterior() -> None:
