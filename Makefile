@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers bench benchmark-density bench-vi bench-vi-numpyro bench-mcmc lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers bench benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -33,6 +33,14 @@ bench-vi: $(READY)
 
 bench-mcmc: $(READY)
 	$(BIN)/python -m tests.benchmarks.mcmc
+
+bench-sbi: $(READY)
+	$(BIN)/python -m tests.benchmarks.sbi $(if $(wildcard build/sbi),--peer build/sbi/bin/python)
+
+# The package sbi in an environment of its own, for bench-sbi to run beside.
+bench-sbi-peer:
+	$(PYTHON) -m venv build/sbi
+	build/sbi/bin/pip install --quiet sbi
 
 # NumPyro in an environment of its own, for bench-vi to run beside.
 bench-vi-numpyro:

@@ -83,8 +83,12 @@ def fit_amortized(
 
 
 def _parameters(loss: AmortizedELBO, args: Any, kwargs: Any) -> list[Tensor]:
-    """All trainable parameters that guide and model ask Pyro for."""
+    """The guide's trainable parameters, and those that the model asks Pyro for."""
     with torch.no_grad(), poutine.trace(param_only=True) as capture:
         loss(args, kwargs)
-    found = [cast("Any", pyro.param(name)).unconstrained() for name in capture.trace.nodes]
+    found: list[Tensor] = list(loss.guide.parameters())
+    for name in capture.trace.nodes:
+        parameter: Tensor = cast("Any", pyro.param(name)).unconstrained()
+        if all(parameter is not known for known in found):
+            found.append(parameter)
     return [parameter for parameter in found if parameter.requires_grad]
