@@ -14,7 +14,9 @@ from torch.distributions import MultivariateNormal
 
 import pyroflows as pf
 from pyroflows.numerics import ascend, batch_and_match
-from pyroflows.training.start import Density, find_gaussians, find_start, missed_mass
+from pyroflows.training.density import Density
+from pyroflows.training.gaussians import find_gaussians, mixture_weights
+from pyroflows.training.start import find_start, missed_mass
 from tests.models import gaussian, gaussian_data, gaussian_posterior
 
 
@@ -118,13 +120,34 @@ def two_modes(share: float) -> Any:
     return model
 
 
-def test_both_modes_are_found_and_the_one_without_draws_is_named() -> None:
-    guide = pf.AutoFlow(two_modes(0.3), example_args=())
+def test_a_guide_of_one_mode_is_told_of_the_other() -> None:
+    guide = pf.AutoFlow(two_modes(0.3), pf.RealNVP, example_args=())
     fit = pf.fit_svi(guide, seed=0, budget=0, progress=False)
     assert fit.psis.ess > 0.9 * fit.psis.num_samples  # the weights see nothing
     assert fit.psis.missed == pytest.approx(0.3 / 0.7, rel=0.1)
     assert fit.psis.verdict == "do not trust"
     assert "30% of the posterior lies where the guide does not draw" in str(fit)
+
+
+def test_the_default_guide_takes_both_modes() -> None:
+    guide = pf.AutoFlow(two_modes(0.3), example_args=())
+    report = pf.fit_svi(guide, seed=0, progress=False).psis
+    assert report.verdict == "good"
+    assert report.missed < 1e-3
+    assert report.log_evidence == pytest.approx(0.0, abs=0.01)
+    pyro.set_rng_seed(0)
+    draws = guide.sample(20_000)["z"]
+    assert (draws[:, 0] < 0).double().mean().item() == pytest.approx(0.3, abs=0.02)
+
+
+def test_weights_of_a_mixture_are_found() -> None:
+    guide = pf.AutoFlow(two_modes(0.2), example_args=())
+    density = Density(guide, (), {})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        found = find_gaussians(density, torch.tensor([[-9.0, 1.0], [9.0, 1.0]]).double())
+        weights = mixture_weights(density, found)
+    assert sorted(weights.tolist()) == pytest.approx([0.2, 0.8], abs=0.01)
 
 
 def test_a_mode_without_mass_is_no_reason_for_distrust() -> None:

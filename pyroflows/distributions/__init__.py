@@ -17,6 +17,7 @@ from pyroflows.distributions.dequantized import (
 from pyroflows.distributions.flow_distribution import FlowDistribution
 from pyroflows.distributions.given import DistributionBase
 from pyroflows.distributions.mixtures import Mixture
+from pyroflows.distributions.modes import Modes
 
 __all__ = [
     "Base",
@@ -28,6 +29,7 @@ __all__ = [
     "FullNormal",
     "Laplace",
     "Mixture",
+    "Modes",
     "Quantization",
     "StandardNormal",
     "StudentT",

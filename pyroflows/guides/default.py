@@ -8,6 +8,7 @@ from typing import cast
 import torch
 from torch import nn
 
+from pyroflows.distributions import Modes
 from pyroflows.flows import Flow, RealNVP
 from pyroflows.flows.coupling import coupling_layers
 from pyroflows.layers import CouplingLayer, Layer, LULinear
@@ -22,7 +23,8 @@ def default_flow(features: int) -> Flow:
 
     Six affine couplings with learned dense affine maps between them and last; in one dimension,
     where a coupling has nothing to condition on, a spline and affine maps. Beyond 500 dimensions
-    the dense maps, quadratic in the dimension, are left out.
+    the dense maps, quadratic in the dimension, are left out. Up to 200 the base may have several
+    modes, which `pyroflows.fit_svi` places where it finds them.
     """
     if features == 1:
         return _scalar_flow()
@@ -34,6 +36,7 @@ def default_flow(features: int) -> Flow:
         max_log_scale=1.0,
         mixing="lu" if dense else None,
         act_norm=not dense,
+        base=Modes(features) if features <= DENSE else None,
     )
 
 
@@ -48,7 +51,8 @@ def _scalar_flow() -> Flow:
         1, univariate=RationalQuadratic(bins=16, bound=8.0), hidden_features=(1,)
     )
     affine = [(CouplingLayer(1, univariate=Affine(3.0)), LULinear(1)) for _ in range(2)]
-    return Flow([spline, *(layer for pair in affine for layer in pair)], 1)
+    layers = [spline, *(layer for pair in affine for layer in pair)]
+    return Flow(layers, 1, base=Modes(1))
 
 
 def default_conditional_flow(features: int, context: int, init_scale: float = 1.0) -> Flow:

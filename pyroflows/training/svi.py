@@ -21,10 +21,12 @@ from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.numerics import forked_rng
 from pyroflows.training.amortized import fit_amortized
 from pyroflows.training.checkpoint import Checkpoint
+from pyroflows.training.density import Density
+from pyroflows.training.gaussians import Gaussians
 from pyroflows.training.loop import Loop
 from pyroflows.training.losses import Estimator, NegativeELBO
 from pyroflows.training.result import History, SVIFit
-from pyroflows.training.start import Density, Gaussians, find_start, missed_mass
+from pyroflows.training.start import find_start, missed_mass
 
 #: Steps of the first round; each further one has twice as many.
 FIRST_ROUND = 400

@@ -47,6 +47,15 @@ def nested() -> pfd.DistributionBase:
     return pfd.DistributionBase(dist.TransformedDistribution(inner, [shear]))
 
 
+def placed() -> pfd.Modes:
+    """Three modes, near enough that a grid sees them all."""
+    modes = pfd.Modes(2)
+    loc = torch.tensor([[-2.0, 0.0], [2.0, 0.0], [0.0, 1.5]])
+    factor = torch.tensor([[0.5, 0.0], [0.2, 0.4]]).expand(3, -1, -1)
+    modes.set_(torch.tensor([0.2, 0.3, 0.5]), loc, factor)
+    return modes
+
+
 def conditional(name: str, base: Callable[[], pfd.Base], note: str) -> Case:
     """A base that depends on a context of three, as a flow without layers."""
     covers = (f"distributions.{name}", "distributions.FlowDistribution")
@@ -72,6 +81,8 @@ CASES: list[Case] = [
     conditional("Mixture", lambda: pfd.Mixture(2, 3, components=3, **SMALL), "context"),
     flow(pf.NSF, 2, note="mixture", base=lambda: pfd.Mixture(2, components=3)),
     flow(pf.NICE, 1, 3, note="mixture", base=lambda: pfd.Mixture(1, 3, components=2, **SMALL)),
+    *(based(f"modes-{n}", partial(pfd.Modes, n), (n,)) for n in (1, 2)),
+    based("modes-placed", placed, (2,)),
     based("given", nested, (3,)),
     conditional("DistributionBase", lambda: pfd.DistributionBase(Shifted(), 2), "learned"),
     conditional("DistributionBase", lambda: pfd.DistributionBase(wide, 2), "function"),
