@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.benchmarks.vi.__main__ import jobs
 from tests.benchmarks.vi.asides import POSTERIORS as ASIDES
 from tests.benchmarks.vi.posterior import Draws, Truth, scalars, stacked
 from tests.benchmarks.vi.table import POSTERIORS
-from tests.benchmarks.vi.truths import bridge, hmc, split_rhat
+from tests.benchmarks.vi.truths import bridge_of_chains, hmc, split_rhat
 
 # --- the ruler --------------------------------------------------------------------------------
 
@@ -136,15 +137,15 @@ def evidence_and_moments(name: str) -> tuple[Truth, tuple[float, float], tuple[f
     assert split_rhat(u).max() < 1.1
     flat = u.flatten(0, 1)
     errors = posterior.truth().errors(posterior.scalars(guide.unpack(flat)))
-    return posterior.truth(), bridge(log_density, flat), errors
+    return posterior.truth(), bridge_of_chains(log_density, u), errors
 
 
 @pytest.mark.parametrize("name", ["gamma_poisson", "collinear"])
 def test_chains_and_bridge_find_a_closed_form(name: str) -> None:
     truth, (evidence, error), (centre, spread) = evidence_and_moments(name)
     assert truth.log_evidence is not None
-    assert error < 0.02
-    assert abs(evidence - truth.log_evidence) < 5 * error  # the draws are not quite independent
+    assert error < 0.1
+    assert abs(evidence - truth.log_evidence) < 5 * error
     assert centre < 0.1
     assert spread < 0.1
 
@@ -211,11 +212,17 @@ def test_nuts_stops_at_its_cap(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_that_fails_is_a_result(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
-    runs.in_process("tests.benchmarks.vi.runs", ["no such posterior", "NUTS", "0"], path)
+    runs.in_process(runs.run, ("no such posterior", "NUTS", 0), path)
     assert json.loads(path.read_text()) == {"problem": "KeyError: 'no such posterior'"}
     path.write_text("kept")
-    runs.in_process("tests.benchmarks.vi.runs", ["no such posterior", "NUTS", "0"], path)
+    runs.in_process(runs.run, ("no such posterior", "NUTS", 0), path)
     assert path.read_text() == "kept"
+
+
+def test_a_run_that_is_killed_is_a_result(tmp_path: Path) -> None:
+    runs.in_process(os.abort, (), tmp_path / "result.json")
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert stored["problem"].startswith("ended by signal 6")
 
 
 def test_jobs_have_all_seeds_for_ours_alone() -> None:
@@ -254,7 +261,11 @@ def test_the_page_tells_silent_failures(tmp_path: Path, monkeypatch: pytest.Monk
             centre_error=math.nan, verdict="use with weights"
         ),
         ("ring", "pyroflows", 0): {"problem": "FitError: nowhere finite"},
-        ("banana", "NUTS", 0): {"seconds": 9.0, "centre_error": 2.0, "spread_error": 0.1},
+        ("banana", "NUTS", 0): {
+            "seconds": 9.0,
+            "centre_error": 2.0,
+            "gradients": 12_000,
+        },
     }
     for job, result in found.items():
         runs.path_of(*job).write_text(json.dumps(result))
@@ -265,7 +276,7 @@ def test_the_page_tells_silent_failures(tmp_path: Path, monkeypatch: pytest.Monk
     assert "- banana, seed 1: a centre is off by 0.50 spreads" in page
     assert "| banana | 2 | 0.30 (0.50) | 0.10 (0.10) |" in page
     assert "| +0.020 | -0.100 | 3 | 5 |" in page  # its evidence is zero
-    assert "| banana | 0.30, 3 s | 2.00, 9 s |" in page
+    assert "| banana | 0.30, 3 s, 4k | 2.00, 9 s, 12k |" in page
     assert "- ring, pyroflows, seed 0: FitError: nowhere finite" in page
 
 

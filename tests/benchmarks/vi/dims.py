@@ -6,16 +6,11 @@ few and more steps: their difference is the cost of a step, the rest that of sta
 
 from __future__ import annotations
 
-import json
 import math
 import resource
-import sys
 import time
-import warnings
 from functools import partial
 from typing import Any
-
-import torch
 
 import pyroflows as pf
 from tests.benchmarks.vi.methods import CountedGuide
@@ -24,7 +19,6 @@ from tests.benchmarks.vi.posterior import Posterior
 
 DIMS = (10, 100, 1_000, 5_000)
 FEW, MORE = 10, 110
-CAP = 900
 
 
 def posterior_of(dim: int) -> Posterior:
@@ -64,14 +58,3 @@ def measure(dim: int) -> dict[str, Any]:
 def peak() -> float:
     """Megabytes of the process at its largest."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def main() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (CAP, CAP))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    print(json.dumps(measure(int(sys.argv[1]))))
-
-
-if __name__ == "__main__":
-    main()

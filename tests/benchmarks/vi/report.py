@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from tests.benchmarks.vi.dims import DIMS
+from tests.benchmarks.vi.dims import DIMS, measure
 from tests.benchmarks.vi.methods import GUIDE_CAP, METHODS, NUTS_CAP, PARTICLES, STEPS
 from tests.benchmarks.vi.posterior import Truth
-from tests.benchmarks.vi.runs import RESULTS, ROOT, in_process, stored
+from tests.benchmarks.vi.runs import ROOT, Result, in_process, path_of, stored
 from tests.benchmarks.vi.table import GROUPS, POSTERIORS
 
 PAGE = ROOT / "docs" / "benchmarks" / "guides.md"
@@ -20,8 +20,6 @@ PICTURE = ROOT / "docs" / "images" / "guides.png"
 SEEDS = range(5)
 #: A centre that is off by more than this, in spreads, is wrong.
 WRONG = 0.25
-
-Result = dict[str, Any]
 
 HEAD = """# Guides
 
@@ -214,8 +212,9 @@ def comparison() -> list[str]:
     lines = [
         "## Beside Pyro's guides and NUTS",
         "",
-        "Worst centre error of the draws, then CPU seconds; medians over the seeds. An asterisk",
-        "marks a run that met its time limit. An empty cell was not run.",
+        "Worst centre error of the draws, CPU seconds, and gradients of the log density at single",
+        "draws; medians over the seeds. An asterisk marks a run that met its time limit. An empty",
+        "cell was not run.",
         "",
         *head("posterior", *methods),
     ]
@@ -232,7 +231,8 @@ def comparison_cell(name: str, method: str) -> str:
         return "failed" if results(name, method) else ""
     capped = any("over" in r.get("stopped", "") or r.get("steps", STEPS) < STEPS for r in runs)
     error = median(run[answer_key(method, run)] for run in runs)
-    return f"{number(error)}, {middle(runs, 'seconds'):.0f} s{' *' if capped else ''}"
+    seconds, thousands = middle(runs, "seconds"), middle(runs, "gradients") / 1000
+    return f"{number(error)}, {seconds:.0f} s, {thousands:.0f}k{' *' if capped else ''}"
 
 
 def dimensions() -> list[str]:
@@ -270,7 +270,7 @@ def stored_dim(dim: int) -> Result | None:
 
 def measure_dims() -> None:
     for dim in DIMS:
-        in_process("tests.benchmarks.vi.dims", [str(dim)], RESULTS / f"dims-pyroflows-{dim}.json")
+        in_process(measure, (dim,), path_of("dims", "pyroflows", dim))
 
 
 def problems() -> list[str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 
 from tests.benchmarks.vi.methods import METHODS
 from tests.benchmarks.vi.table import POSTERIORS
+
+Result = dict[str, Any]
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "build" / "benchmarks" / "vi"
@@ -25,13 +27,14 @@ def path_of(name: str, method: str, seed: int) -> Path:
     return RESULTS / f"{name}-{method}-{seed}.json"
 
 
-def stored(name: str, method: str, seed: int) -> dict[str, Any] | None:
+def stored(name: str, method: str, seed: int) -> Result | None:
     path = path_of(name, method, seed)
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run(name: str, method: str, seed: int) -> dict[str, Any]:
-    """Run one method on one posterior and compare its answer with the truth."""
+def run(name: str, method: str, seed: int) -> Result:
+    """Run one method on one posterior, in float64, and compare its answer with the truth."""
+    torch.set_default_dtype(torch.float64)
     posterior = POSTERIORS[name]
     args, truth = posterior.args(), posterior.truth()
     answer = METHODS[method](posterior, args, seed)
@@ -53,43 +56,43 @@ def run(name: str, method: str, seed: int) -> dict[str, Any]:
 
 def attempt(name: str, method: str, seed: int) -> None:
     """Run in another process, and store; a failure is a result too."""
-    in_process("tests.benchmarks.vi.runs", [name, method, str(seed)], path_of(name, method, seed))
+    in_process(run, (name, method, seed), path_of(name, method, seed))
 
 
-def in_process(module: str, arguments: list[str], path: Path) -> None:
-    """The JSON that a module prints last, into a file, unless that exists."""
+def in_process(task: Callable[..., Result], arguments: tuple[Any, ...], path: Path) -> None:
+    """The result of a task into a file, unless that exists.
+
+    Each process is a fresh copy of a server that has imported everything and done nothing.
+    """
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        result = json.loads(done.stdout.splitlines()[-1])
-    elif done.returncode < 0:
-        result = {"problem": f"killed by signal {-done.returncode}, at most {CAP} s of CPU"}
-    else:
-        result = {"problem": (done.stderr.strip().splitlines() or ["no message"])[-1]}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([task.__module__])
+    process = context.Process(target=_store, args=(task, arguments, path))
+    process.start()
+    process.join()
+    if not path.exists():
+        problem = f"ended by signal {-(process.exitcode or 0)}, at most {CAP} s of CPU"
+        path.write_text(json.dumps({"problem": problem}) + "\n")
+    print(f"{', '.join(map(str, arguments))}: {line_of(json.loads(path.read_text()))}", flush=True)
+
+
+def _store(task: Callable[..., Result], arguments: tuple[Any, ...], path: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_CPU, (CAP, CAP))
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    try:
+        result = task(*arguments)
+    except Exception as error:
+        result = {"problem": f"{type(error).__name__}: {error}".partition("\n")[0]}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{', '.join(arguments)}: {line_of(result)}", flush=True)
 
 
-def line_of(result: dict[str, Any]) -> str:
+def line_of(result: Result) -> str:
     """A result in one line."""
     if "problem" in result:
         return result["problem"]
     keys = ("seconds", "centre_error", "weighted_centre_error", "ess_fraction", "k_hat")
     numbers = [f"{key} {result[key]:.3g}" for key in keys if key in result]
     return ", ".join([*numbers, result.get("verdict", "")])
-
-
-def main() -> None:
-    name, method, seed = sys.argv[1:]
-    resource.setrlimit(resource.RLIMIT_CPU, (CAP, CAP))
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    print(json.dumps(run(name, method, int(seed))))
-
-
-if __name__ == "__main__":
-    main()
