@@ -197,6 +197,31 @@ def test_a_vectorized_model_loses_only_its_failures() -> None:
     assert (done.values["z"] > -1.8).all()
 
 
+def noisy() -> None:
+    """Broadcasts, with random numbers of its own."""
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.deterministic("y", z + torch.randn(z.shape), event_dim=0)
+
+
+def test_a_simulator_with_noise_of_its_own_is_trusted_where_one_says_so() -> None:
+    alone = pf.simulate(noisy, sites=["z", "y"], count=50, seed=0)
+    assert not alone.vectorized
+    trusted = pf.simulate(noisy, sites=["z", "y"], count=2000, vectorized=True, seed=0)
+    assert trusted.vectorized
+    noise = trusted.values["y"] - trusted.values["z"]
+    assert noise.std() == pytest.approx(1.0, abs=0.1)
+    assert torch.corrcoef(torch.stack([noise, trusted.values["z"]]))[0, 1].abs() < 0.1
+    one_by_one = pf.simulate(conjugate, sites=["mean"], count=20, vectorized=False, seed=0)
+    assert not one_by_one.vectorized
+    with pytest.raises(ValueError, match="only one element tensors"):
+        pf.simulate(wrong, sites=["y"], count=20, vectorized=True)
+
+
+def wrong() -> None:
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.deterministic("y", torch.tensor(math.sin(z)))
+
+
 def test_fit_to_a_simulator() -> None:
     guide = pf.AutoAmortizedFlow(simulator, observed=["y"])
     fit = pf.fit_npe(guide, 0.02, simulations=200, steps=20, seed=0, progress=False)

@@ -85,16 +85,18 @@ def simulate(
     count: int,
     given: Mapping[str, Tensor] | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
+    vectorized: bool | None = None,
     workers: int = 0,
     max_failed: float = 0.1,
     seed: int | None = None,
 ) -> Simulations:
     """Draw sites of a model jointly.
 
-    All draws are made at once, in a plate around the model, where the model broadcasts. Where it
-    does not, the model runs once for each, each with a seed of its own: the same draws come
-    from any number of worker processes. A run that raises, or gives a number that is not finite, is
-    left out and counted.
+    All draws are made at once, in a plate around the model, where the model broadcasts: two of them
+    are compared with runs alone, which a simulator with random numbers of its own cannot pass. It
+    is trusted where you say ``vectorized=True``. Where the model does not broadcast, it runs once
+    for each draw, with a seed of its own: the same draws come from any number of worker processes.
+    A run that raises, or gives a number that is not finite, is left out and counted.
 
     Parameters
     ----------
@@ -110,6 +112,8 @@ def simulate(
         Values ``{site: (count, *shape)}`` to run the model at; other sites are drawn.
     model_kwargs
         The model's keyword arguments.
+    vectorized
+        Whether the model broadcasts over simulations; None to find out.
     workers
         Worker processes for a model that does not broadcast; 0 for none.
     max_failed
@@ -138,7 +142,7 @@ def simulate(
     start = time.perf_counter()
     seed = int(torch.randint(2**31, ())) if seed is None else seed
     task = _Tasks(model, args, dict(model_kwargs or {}), tuple(sites), count, given or {}, seed)
-    values = task.at_once()
+    values = None if vectorized is False else task.at_once(trust=vectorized is True)
     failures: Counter[str] = Counter()
     if values is None:
         parts = []
@@ -205,7 +209,7 @@ class _Tasks(Dataset[Any]):
             nodes: Any = poutine.trace(model).get_trace(*self.args, **self.kwargs).nodes
         return {name: torch.as_tensor(nodes[name]["value"]) for name in self.sites}
 
-    def at_once(self) -> Values | None:
+    def at_once(self, trust: bool) -> Values | None:
         """All simulations from runs that broadcast; None where the model does not."""
         parts = []
         try:
@@ -216,8 +220,10 @@ class _Tasks(Dataset[Any]):
                 for begin in range(0, self.count, AT_ONCE):
                     size = min(AT_ONCE, self.count - begin)
                     part = {name: v[begin : begin + size] for name, v in self.given.items()}
-                    parts.append(program.vectorized(part, size, self.sites).values)
+                    parts.append(program.vectorized(part, size, self.sites, trust=trust).values)
         except Exception:
+            if trust:
+                raise
             # Whatever it is, single runs will tell which simulations it concerns.
             return None
         return {name: torch.cat([part[name] for part in parts]) for name in self.sites}

@@ -93,6 +93,7 @@ def fit_npe(
     observation: Tensor | Mapping[str, Tensor] | None = None,
     rounds: int = 1,
     truncation: float = 1e-4,
+    vectorized: bool | None = None,
     workers: int = 0,
     max_failed: float = 0.1,
     validation: float = 0.1,
@@ -133,7 +134,7 @@ def fit_npe(
         Number of rounds.
     truncation
         Share of the posterior's mass that a round may lose.
-    workers, max_failed
+    vectorized, workers, max_failed
         Of the simulation, see `pyroflows.simulate`.
     validation
         Share of the simulations held out.
@@ -182,7 +183,8 @@ def fit_npe(
     if rounds > 1 and observation is None:
         raise ValueError("rounds: truncated rounds are for one observation: give observation=")
     kwargs = dict(model_kwargs or {})
-    how: dict[str, Any] = {"model_kwargs": kwargs, "workers": workers, "max_failed": max_failed}
+    how: dict[str, Any] = {"model_kwargs": kwargs, "max_failed": max_failed}
+    how.update(vectorized=vectorized, workers=workers)
     accepted: list[float] = []
     with forked_rng(seed) if seed is not None else nullcontext():
         reading = guide.read(*args, **kwargs)
