@@ -1,118 +1,173 @@
 """Two moons and SLCP by `fit_npe`, against the reference draws of the benchmark of SBI.
 
-`make bench-sbi` writes the table of `docs/benchmarks/simulation.md`; PYROFLOWS_DATA must hold the
-folder ``sbibm`` with the reference draws. With ``--peer PYTHON``, an interpreter that has the
-package sbi, its NPE is trained on the same simulations, with a flow of the same size.
+`make bench-sbi` does what is missing in ``build/sbi-runs``, part by part, and prints the tables of
+`docs/benchmarks/simulation.md`. PYROFLOWS_DATA must hold the folder ``sbibm`` with the reference
+draws. With ``--peer PYTHON``, an interpreter that has the package sbi, its NPE is trained on the
+same simulations, with a flow of the same size.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
-import tempfile
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from torch import Tensor
 
 import pyroflows as pf
 from tests.benchmarks.tasks import TASKS
 
-STEPS = {"two_moons": 3000, "slcp": 12_000}
+RUNS = Path("build/sbi-runs")
 SIMULATIONS = {"two_moons": 10_000, "slcp": 100_000}
+STEPS = {"two_moons": 1500, "slcp": 6000}
 DRAWS = 10_000
+REFINE = 300
 
 
-def train(task: str, count: int, steps: int, seed: int) -> tuple[Any, Any, float]:
-    model, _ = TASKS[task]
-    torch.manual_seed(seed)
-    guide = pf.AutoAmortizedFlow(model, observed=["y"], flow=pf.NSF)
-    start = time.process_time()
-    fit = pf.fit_npe(
-        guide, simulations=count, steps=steps, batch_size=256, seed=seed, progress=False
-    )
-    return guide, fit, time.process_time() - start
+@dataclass
+class Run:
+    """One task with one seed: its parts, their results in a file, guides and draws beside it."""
 
+    task: str
+    seed: int
+    peer: str | None
 
-def peer(python: str, fit: Any, observations: Tensor, seed: int) -> tuple[Tensor, float, float]:
-    """Draws of sbi's NPE for each observation, seconds of CPU, and its validation loss."""
-    with tempfile.TemporaryDirectory() as folder:
+    def __post_init__(self) -> None:
+        self.folder = RUNS / f"{self.task}-{self.seed}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / "results.json"
+        self.results: dict[str, Any] = {}
+        if self.file.exists():
+            self.results = json.loads(self.file.read_text())
+        self.model, shape = TASKS[self.task]
+        data = np.load(Path(os.environ["PYROFLOWS_DATA"]) / "sbibm" / f"{self.task}.npz")
+        self.observations = torch.tensor(data["observation"]).reshape(-1, *shape)
+        self.reference = torch.tensor(data["reference_posterior_samples"])
+
+    def parts(self) -> Iterator[tuple[str, Callable[[], Any]]]:
+        yield "train", self.train
+        for i in range(len(self.observations)):
+            yield f"posterior {i}", lambda i=i: self.posterior(i)
+        for i in range(len(self.observations)):
+            yield f"refined {i}", lambda i=i: self.refined(i)
+        if self.peer:
+            yield "sbi train", self.train_peer
+            for i in range(len(self.observations)):
+                yield f"sbi {i}", lambda i=i: self.posterior_of_peer(i)
+
+    def do(self, parts: int) -> int:
+        """Do so many of the parts that are missing; how many are left of them."""
+        for name, part in self.parts():
+            if name not in self.results and parts:
+                pyro.clear_param_store()
+                torch.manual_seed(self.seed)
+                self.results[name] = part()
+                self.file.write_text(json.dumps(self.results, indent=1))
+                print(f"{self.task}: {name}: {self.results[name]}", flush=True)
+                parts -= 1
+        return parts
+
+    def new_guide(self) -> pf.AutoAmortizedFlow:
+        return pf.AutoAmortizedFlow(self.model, observed=["y"], flow=pf.NSF)
+
+    def guide(self) -> pf.AutoAmortizedFlow:
+        guide = self.new_guide()
+        guide.read()
+        guide.load_state_dict(torch.load(self.folder / "guide.pt", weights_only=True))
+        return guide
+
+    def train(self) -> dict[str, float]:
+        guide, count = self.new_guide(), SIMULATIONS[self.task]
+        start = time.process_time()
+        fit = pf.fit_npe(
+            guide, simulations=count, steps=STEPS[self.task], seed=self.seed, progress=False
+        )
+        seconds = time.process_time() - start
+        torch.save(guide.state_dict(), self.folder / "guide.pt")
         values = {k: v.flatten(1).numpy() for k, v in fit.simulations.values.items()}
-        np.savez(f"{folder}/in.npz", **values, observations=observations.flatten(1).numpy())
+        observations = self.observations.flatten(1).numpy()
+        np.savez(self.folder / "in.npz", **values, observations=observations)
+        return {"seconds": seconds, "loss": fit.history.best[1], "steps": len(fit.history.losses)}
+
+    def posterior(self, i: int) -> dict[str, float]:
+        posterior = self.guide().posterior(self.observations[i])
+        drawn = posterior.sample(DRAWS)["theta"]
+        report = pf.psis(posterior, num_samples=DRAWS, seed=self.seed)
+        score = pf.c2st(self.reference[i], drawn)
+        return {"c2st": score, "k": report.k_hat, "ess": report.ess / DRAWS}
+
+    def refined(self, i: int) -> dict[str, float]:
+        _, fit = pf.refine(
+            self.guide(), self.observations[i], steps=REFINE, seed=self.seed, progress=False
+        )
+        report = fit.psis
+        if report is None:
+            raise RuntimeError("no report")
+        return {"k": report.k_hat, "ess": report.ess / DRAWS}
+
+    def train_peer(self) -> dict[str, float]:
         script = Path(__file__).with_name("sbi_peer.py")
-        subprocess.run([python, script, folder, str(seed), str(DRAWS)], check=True)
-        out = np.load(f"{folder}/out.npz")
-        return torch.tensor(out["draws"]), float(out["seconds"]), float(out["loss"])
+        command = [str(self.peer), str(script), str(self.folder), str(self.seed), str(DRAWS)]
+        subprocess.run(command, check=True)
+        result: dict[str, float] = json.loads((self.folder / "peer.json").read_text())
+        return result
 
+    def posterior_of_peer(self, i: int) -> dict[str, float]:
+        drawn = torch.tensor(np.load(self.folder / "peer.npy")[i])
+        return {"c2st": pf.c2st(self.reference[i], drawn)}
 
-def row(name: str, values: list[float], digits: int = 3) -> str:
-    return (
-        f"| {name} | {np.mean(values):.{digits}f} | "
-        + " | ".join(f"{v:.2f}" for v in values)
-        + " |"
-    )
+    def rows(self) -> Iterator[tuple[str, list[float]]]:
+        """What the parts that are done have found, by observation."""
+        for title, part, key in (
+            ("C2ST, `fit_npe`", "posterior", "c2st"),
+            ("C2ST, sbi", "sbi", "c2st"),
+            ("k-hat", "posterior", "k"),
+            ("effective share", "posterior", "ess"),
+            ("k-hat, refined", "refined", "k"),
+            ("effective share, refined", "refined", "ess"),
+        ):
+            names = [f"{part} {i}" for i in range(len(self.observations))]
+            found = [self.results[name][key] for name in names if name in self.results]
+            if found:
+                yield title, found
 
-
-def report(task: str, options: argparse.Namespace) -> None:
-    _, shape = TASKS[task]
-    data = np.load(Path(os.environ["PYROFLOWS_DATA"]) / "sbibm" / f"{task}.npz")
-    observations = torch.tensor(data["observation"]).reshape(-1, *shape)[: options.observations]
-    reference = torch.tensor(data["reference_posterior_samples"])
-    count = options.simulations or SIMULATIONS[task]
-    guide, fit, seconds = train(task, count, options.steps or STEPS[task], options.seed)
-    print(f"## {task}, {count:,} simulations, seed {options.seed}\n")
-    print(f"{fit}\nCPU seconds: {seconds:.0f}\n", flush=True)
-    scores: dict[str, list[float]] = {"fit_npe": [], "and weights": [], "k-hat": [], "ESS": []}
-    for y, truth in zip(observations, reference, strict=False):
-        pyro.clear_param_store()
-        posterior = guide.posterior(y)
-        with torch.random.fork_rng():
-            torch.manual_seed(options.seed)
-            draws = posterior.sample(DRAWS)["theta"]
-        scores["fit_npe"].append(pf.c2st(truth, draws))
-        weighed = pf.psis(posterior, num_samples=DRAWS, seed=options.seed)
-        scores["k-hat"].append(weighed.k_hat)
-        scores["ESS"].append(weighed.ess / DRAWS)
-        if options.weights:
-            corrected = weighed.resample(DRAWS, seed=options.seed)["theta"]
-            scores["and weights"].append(pf.c2st(truth, corrected))
-        if options.refine:
-            _, refined = pf.refine(
-                guide, y, steps=options.refine, seed=options.seed, progress=False
-            )
-            scores.setdefault("k-hat, refined", []).append(refined.psis.k_hat)
-            scores.setdefault("ESS, refined", []).append(refined.psis.ess / DRAWS)
-        print(end=".", flush=True)
-    if options.peer:
-        drawn, seconds, loss = peer(options.peer, fit, observations, options.seed)
-        print(f"\nsbi: CPU seconds {seconds:.0f}, validation loss {loss:.3f}")
-        scores["sbi"] = [pf.c2st(t, d) for t, d in zip(reference, drawn, strict=False)]
-    print("\n| | mean |" + " | ".join(f" {i} " for i in range(1, len(observations) + 1)) + " |")
-    print("| --- " * (len(observations) + 2) + "|")
-    for name, values in scores.items():
-        if values:
-            print(row(name, values))
-    print(flush=True)
+    def table(self) -> str:
+        lines = [f"## {self.task}, {SIMULATIONS[self.task]:,} simulations, seed {self.seed}", ""]
+        for who, part in (("fit_npe", "train"), ("sbi", "sbi train")):
+            if part in self.results:
+                found = self.results[part]
+                lines.append(
+                    f"- {who}: {found['seconds']:.0f} s of CPU, {found['steps']:.0f} steps"
+                )
+        numbers = " | ".join(str(i + 1) for i in range(len(self.observations)))
+        lines += ["", f"| observation | mean | {numbers} |"]
+        lines.append("| --- |" + " ---: |" * (1 + len(self.observations)))
+        for title, values in self.rows():
+            cells = " | ".join(f"{value:.2f}" for value in values)
+            lines.append(f"| {title} | {float(np.mean(values)):.3f} | {cells} |")
+        return "\n".join([*lines, ""])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), choices=[*TASKS, []])
-    parser.add_argument("--simulations", type=int)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--observations", type=int, default=10)
+    parser.add_argument("tasks", nargs="*", help=f"of {', '.join(TASKS)}; by default all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--refine", type=int, default=0, help="steps of pf.refine; 0 for none")
-    parser.add_argument("--weights", action="store_true", help="C2ST of reweighted draws too")
+    parser.add_argument("--parts", type=int, default=1000, help="do at most so many parts")
     parser.add_argument("--peer", help="a Python that has sbi")
     options = parser.parse_args()
-    for task in options.tasks:
-        report(task, options)
+    runs = [Run(task, options.seed, options.peer) for task in options.tasks or TASKS]
+    parts = options.parts
+    for run in runs:
+        parts = run.do(parts)
+    print("\n" + "\n".join(run.table() for run in runs))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,8 +30,14 @@ def main(folder: str, seed: int, draws: int) -> None:
         posterior.sample((draws,), x=x, show_progress_bars=False).numpy()
         for x in torch.tensor(data["observations"])
     ]
-    loss = min(inference.summary["validation_loss"])
-    np.savez(f"{folder}/out.npz", draws=np.stack(found), seconds=seconds, loss=loss)
+    np.save(f"{folder}/peer.npy", np.stack(found))
+    epochs = inference.summary["epochs_trained"][-1]
+    result = {
+        "seconds": seconds,
+        "loss": min(inference.summary["validation_loss"]),
+        "steps": epochs * (0.9 * len(theta) // 256),
+    }
+    Path(f"{folder}/peer.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":
