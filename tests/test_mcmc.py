@@ -187,7 +187,8 @@ def test_constrained_sites() -> None:
         shares = pyro.sample("shares", dist.Dirichlet(torch.ones(3)))
         pyro.factor("counts", (counts * shares.log()).sum(-1))
 
-    idata = pf.run_mcmc(model, guide=rough_guide(model), chains=2, draws=200, warmup=100, seed=0)
+    options = {"kernel": "imh", "chains": 50, "draws": 40, "seed": 0}
+    idata = pf.run_mcmc(model, guide=rough_guide(model), **options)
     shares = idata.posterior["shares"]
     np.testing.assert_allclose(shares.sum("shares_dim_0"), 1.0, rtol=1e-5)
     assert within_error(idata, "shares", (counts + 1) / (counts + 1).sum())
@@ -258,7 +259,7 @@ def test_a_guide_of_a_model_with_the_same_sites_preconditions_this_one() -> None
     def other(y: Tensor) -> None:
         pyro.sample("mean", dist.Normal(y.new_zeros(2) + 3, 0.1).to_event(1))
 
-    idata = pf.run_mcmc(other, y, guide=guide, chains=2, draws=100, warmup=150, seed=0)
+    idata = pf.run_mcmc(other, y, guide=guide, chains=2, draws=60, warmup=100, seed=0)
     assert within_error(idata, "mean", torch.full((2,), 3.0))
 
 
@@ -374,7 +375,7 @@ def test_a_learned_flow_leaves_the_posterior_as_it_is(monkeypatch: pytest.Monkey
     monkeypatch.setattr("pyroflows.mcmc.fisher.STEPS", 40)
     y = gaussian_data()
     kernel = pf.mcmc.Nutpie(adapt=True)
-    options = {"chains": 2, "draws": 200, "warmup": 200, "seed": 0}
+    options = {"chains": 2, "draws": 150, "warmup": 150, "seed": 0}
     idata = pf.run_mcmc(gaussian, y, kernel=kernel, precondition=False, **options)
     assert within_error(idata, "mean", gaussian_posterior(y).loc)
     assert int(idata.sample_stats["diverging"].sum()) == 0
@@ -511,6 +512,11 @@ def test_a_base_that_is_no_whole_space_is_refused() -> None:
         ({"draws": 2.5}, "draws: expected an integer"),
         ({"warmup": True}, "warmup: expected an integer"),
         ({"kernel": "imh", "precondition": False}, "proposes from the guide"),
+        pytest.param(
+            {"kernel": pf.mcmc.Nutpie(low_rank=True, adapt=True)},
+            "expected one of them",
+            marks=needs_nutpie,
+        ),
         ({"kernel": pf.mcmc.IMH(-1)}, "local_steps: expected at least 0"),
     ],
 )

@@ -84,8 +84,17 @@ class Learner:
         The posterior over unconstrained latents.
     flow
         A flow to start with, copied; None for a new one, preceded by a diagonal map.
+    probes
+        Latents ``(P, D)`` of the guide, to compare recorded functions at.
     seed
         Of the batches.
+
+    Attributes
+    ----------
+    density
+        The log density of latents ``(D,)`` and its gradient, recorded.
+    gradients
+        How often the chains asked for one.
     """
 
     def __init__(self, target: Target, flow: Flow | None, probes: Tensor, seed: int) -> None:
@@ -93,9 +102,8 @@ class Learner:
         self.probes = probes
         self.density = target.compile(probes)
         self.trained = flow is not None
-        like = probes
         new = adaptation_flow(target.dim) if flow is None else copy.deepcopy(flow)
-        self.flow = new.to(like.device, like.dtype).requires_grad_(True)
+        self.flow = new.to(probes.device, probes.dtype).requires_grad_(True)
         self.seed = seed
         self.gradients = 0
         self.windows: dict[int, tuple[Tensor, Tensor]] = {}
@@ -119,47 +127,50 @@ class Learner:
         return torch.as_tensor(np.asarray(values)).to(self.probes)
 
     def _fit(self, u: Tensor, grad: Tensor) -> None:
+        """Train, and go back where the draws that were held out say so."""
         if not self.trained:
             self.flow.transform.standardization.set_(*diagonal(u, grad))
+        old = copy.deepcopy(self.flow.state_dict())
         with forked_rng(self.seed):
-            self.seed += 1
             order = torch.randperm(len(u))
-            held = max(1, int(HELD_OUT * len(u)))
-            held_u, held_grad = u[order[:held]], grad[order[:held]]
-            kept_u, kept_grad = u[order[held:]], grad[order[held:]]
-
-            def loss(u: Tensor, grad: Tensor) -> Tensor:
-                divergence = fisher_divergence(self.flow.transform.condition(), u, grad)
-                return divergence.mean().log()
-
-            def batches() -> Iterator[tuple[Tensor, Tensor]]:
-                while True:
-                    rows = torch.randint(len(kept_u), (BATCH,))
-                    yield kept_u[rows], kept_grad[rows]
-
-            before = loss(held_u, held_grad).item()
-            old = copy.deepcopy(self.flow.state_dict())
-            loop = Loop(
-                loss=loss,
-                batches=batches(),
-                parameters=list(self.flow.parameters()),
-                steps=STEPS,
-                lr=LR if self.trained else FIRST_LR,
-                clip_norm=10.0,
-                check=lambda: loss(held_u, held_grad).item(),
-                check_every=max(1, STEPS // 12),
-                patience=None,
-                progress=False,
-                title="Fisher divergence",
-            )
-            try:
-                loop.run()
-            except FitError:
-                self.flow.load_state_dict(old)
-            else:
-                if not loop.history.best[1] < before:
-                    self.flow.load_state_dict(old)
+            held, kept = order.tensor_split([max(1, int(HELD_OUT * len(u)))])
+            better = self._train((u[kept], grad[kept]), (u[held], grad[held]))
+        if not better:
+            self.flow.load_state_dict(old)
+        self.seed += 1
         self.trained = True
+
+    def _loss(self, u: Tensor, grad: Tensor) -> Tensor:
+        # Its logarithm, because it falls by orders of magnitude.
+        return fisher_divergence(self.flow.transform.condition(), u, grad).mean().log()
+
+    def _train(self, kept: tuple[Tensor, Tensor], held: tuple[Tensor, Tensor]) -> bool:
+        """Whether the divergence at the draws held out has fallen."""
+
+        def batches() -> Iterator[tuple[Tensor, ...]]:
+            while True:
+                rows = torch.randint(len(kept[0]), (BATCH,))
+                yield tuple(part[rows] for part in kept)
+
+        before = self._loss(*held).item()
+        loop = Loop(
+            loss=self._loss,
+            batches=batches(),
+            parameters=list(self.flow.parameters()),
+            steps=STEPS,
+            lr=LR if self.trained else FIRST_LR,
+            clip_norm=10.0,
+            check=lambda: self._loss(*held).item(),
+            check_every=max(1, STEPS // 12),
+            patience=None,
+            progress=False,
+            title="Fisher divergence",
+        )
+        try:
+            loop.run()
+        except FitError:
+            return False
+        return loop.history.best[1] < before
 
 
 def diagonal(u: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -84,6 +84,10 @@ class Nutpie:
 
     def run(self, target: Target, plan: Plan) -> Chains:
         nutpie = _import()
+        if self.adapt and self.low_rank:
+            raise ValueError(
+                "low_rank and adapt: expected one of them, a matrix or a flow, got both"
+            )
         if self.adapt:
             return self._run_adapted(nutpie, target, plan)
         density = target.compile(plan.starts)
@@ -180,6 +184,8 @@ class _Functions:
         """Nutpie's trace as ours; chains that were interrupted end in NaN there."""
         points = torch.from_numpy(trace["posterior"]["z"].values).to(self.pool)
         lengths = points.isfinite().all(-1).sum(-1).tolist()
+        if not any(lengths):
+            raise KeyboardInterrupt("interrupted in the warm-up: there are no draws yet")
         cut = [chain[:length] for chain, length in zip(points, lengths, strict=True)]
         stats = {}
         for theirs, ours in STATS.items():

@@ -263,7 +263,8 @@ METHODS: dict[str, Callable[[Problem, int], Result]] = {
 FUNNELS = ("nutpie", "nutpie, guide", "nutpie, learned")
 SMALL = ("Pyro's NUTS", "nutpie", "nuts, guide", "nutpie, guide", "imh, guide")
 JOBS = [
-    *product(("funnel", "neal"), FUNNELS, (0, 1, 2)),
+    *product(("funnel",), FUNNELS, (0, 1, 2)),
+    *product(("neal",), FUNNELS, (0,)),
     *product(("noncentred", "centred", "regression"), SMALL, (0,)),
 ]
 
