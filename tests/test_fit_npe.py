@@ -124,6 +124,30 @@ def test_constrained_latents_and_two_observed_sites() -> None:
         guide.posterior({**data, "counts": torch.ones(4)})
 
 
+def test_uniform_priors_are_normal_to_the_flow() -> None:
+    """Also beside another latent; so an untrained guide is the prior exactly."""
+
+    def model() -> None:
+        pyro.sample("loc", dist.Normal(1.0, 2.0))
+        theta = pyro.sample("theta", dist.Uniform(-3.0, 3.0).expand([2]).to_event(1))
+        pyro.sample("y", dist.Normal(theta, 1.0).to_event(1))
+
+    guide = pf.AutoAmortizedFlow(model, observed=["y"])
+    reading = guide.read()
+    flow = guide.flow()
+    scale = math.pi / 3**0.5
+    flow.transform.standardization.set_(
+        torch.tensor([1.0, 0, 0]), torch.tensor([2.0, scale, scale])
+    )
+    flow.to(torch.float64)
+    values = pf.simulate(model, sites=["loc", "theta"], count=100, seed=0).values
+    u = guide.pack(values, reading).double()
+    jacobian = (values["theta"].double() / 3).square().neg().log1p().add(math.log(1.5)).sum(-1)
+    prior = dist.Normal(1.0, 2.0).log_prob(values["loc"].double()) - 2 * math.log(6) + jacobian
+    score = flow(torch.zeros(100, 2).double()).log_prob(u)
+    torch.testing.assert_close(score, prior, rtol=1e-4, atol=1e-4)
+
+
 def test_truncated_rounds_narrow_the_prior() -> None:
     y = observation()
     guide = pf.AutoAmortizedFlow(conjugate, observed=["y"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from pyroflows.errors import DataError, LocalLatentError, ShapeError, check_event
 from pyroflows.guides.reading import Reading, named
@@ -42,6 +42,17 @@ class Block:
     def size(self) -> int:
         """Length of the unconstrained vector."""
         return sum(shape.numel() for shape in self.shapes.values())
+
+    def on_intervals(self, reading: Reading) -> list[bool]:
+        """For each number of the vector, whether its site is on an interval with two ends."""
+        found: list[bool] = []
+        for name, shape in self.shapes.items():
+            support = reading.sites[name]["fn"].support
+            while isinstance(support, constraints.independent):
+                support = support.base_constraint
+            two_ends = isinstance(support, (constraints.interval, constraints.half_open_interval))
+            found += [two_ends] * shape.numel()
+        return found
 
     def is_inside(self, other: Block) -> bool:
         """Whether the other block's plates are around this one's, and are fewer."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions.transforms import identity_transform
 
 from pyroflows.flows import Flow
 from pyroflows.guides.autoflow import _is_enumerated
@@ -14,9 +15,33 @@ from pyroflows.guides.blocks import Block, arrange
 from pyroflows.guides.data_encoder import DataEncoder
 from pyroflows.guides.default import default_conditional_flow, default_flow
 from pyroflows.guides.reading import Reading, named
+from pyroflows.layers import Layer
+from pyroflows.transforms import ColumnsTransform, LogisticTransform
 
 #: Standard deviation that local latents start with, in units of the prior's.
 LOCAL_SCALE = 0.2
+
+
+class LogisticColumns(Layer):
+    """The last layer of a flow of unconstrained latents some of which are on intervals.
+
+    Their prior is close to logistic in unconstrained units if it is close to uniform; the layers
+    before see it close to normal.
+    """
+
+    order: Tensor
+    restore: Tensor
+
+    def __init__(self, on_intervals: Sequence[bool]) -> None:
+        super().__init__()
+        others = ~torch.tensor(on_intervals)
+        self.register_buffer("order", others.int().argsort(stable=True))
+        self.register_buffer("restore", self.order.argsort())
+        self.sizes = [int((~others).sum()), int(others.sum())]
+
+    def forward(self, context: Tensor | None = None) -> ColumnsTransform:
+        parts = [LogisticTransform(), identity_transform]
+        return ColumnsTransform(parts, self.sizes, self.order, self.restore)
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,16 @@ class Recipe:
             for above in self.above(block, blocks):
                 shifts.append(located[above.key][0])
                 scales.append(located[above.key][1])
-            flows[block.key] = self._new_flow(loc, scale, shifts, scales, bool(block.plates))
+            flow = self._new_flow(len(loc), sum(map(len, shifts)), bool(block.plates))
+            if block.key in encoders and any(block.on_intervals(reading)):
+                last = LogisticColumns(block.on_intervals(reading))
+                layers = [*flow.transform.layers, last]
+                flow = Flow(layers, len(loc), flow.context_size, flow.base)
+            flow.to(dtype=loc.dtype, device=loc.device)
+            flow.transform.standardization.set_(loc, scale)
+            if flow.transform.context_standardization is not None:
+                flow.transform.context_standardization.set_(torch.cat(shifts), torch.cat(scales))
+            flows[block.key] = flow
         return blocks, flows, encoders
 
     def _latents(self, reading: Reading) -> list[str]:
@@ -106,16 +140,7 @@ class Recipe:
         dims = {site: max(reading.sites[site]["fn"].event_dim, 1) for site in sites}
         return DataEncoder(tuple(block.shapes), modules, data, dims, dtype)
 
-    def _new_flow(
-        self,
-        loc: Tensor,
-        scale: Tensor,
-        shifts: Sequence[Tensor],
-        scales: Sequence[Tensor],
-        local: bool,
-    ) -> Flow:
-        """A flow of latents and contexts that are standardised so."""
-        features, context = len(loc), sum(map(len, shifts))
+    def _new_flow(self, features: int, context: int, local: bool) -> Flow:
         if self.flow is not None:
             flow = self.flow(features, context)
         elif context:
@@ -129,10 +154,6 @@ class Recipe:
                 f"flow: expected {features} features and a context of size {context}, got event "
                 f"shape {tuple(flow.event_shape)} and a context of size {flow.context_size}"
             )
-        flow.to(dtype=loc.dtype, device=loc.device)
-        flow.transform.standardization.set_(loc, scale)
-        if flow.transform.context_standardization is not None:
-            flow.transform.context_standardization.set_(torch.cat([*shifts]), torch.cat([*scales]))
         return flow
 
     def above(self, block: Block, blocks: Sequence[Block]) -> list[Block]:

@@ -27,7 +27,8 @@ from tests.benchmarks.tasks import TASKS
 
 RUNS = Path("build/sbi-runs")
 SIMULATIONS = {"two_moons": 10_000, "slcp": 100_000}
-STEPS = {"two_moons": 1500, "slcp": 6000}
+STEPS = {"two_moons": 2000, "slcp": 6000}
+LR = 2e-3
 DRAWS = 10_000
 REFINE = 300
 
@@ -88,7 +89,12 @@ class Run:
         guide, count = self.new_guide(), SIMULATIONS[self.task]
         start = time.process_time()
         fit = pf.fit_npe(
-            guide, simulations=count, steps=STEPS[self.task], seed=self.seed, progress=False
+            guide,
+            simulations=count,
+            steps=STEPS[self.task],
+            lr=LR,
+            seed=self.seed,
+            progress=False,
         )
         seconds = time.process_time() - start
         torch.save(guide.state_dict(), self.folder / "guide.pt")

@@ -108,6 +108,7 @@ TRANSFORMS += [
     fixed(pft.LeakyReLUTransform(0.1)),
     fixed(pft.SignedPowerTransform(2.0)),
     fixed(pft.SignedPowerTransform(0.5), "-root"),
+    fixed(pft.LogisticTransform()),
     fixed(pft.AsinhTransform(), **EXPONENTIAL),
     fixed(pft.AsinhTransform(), "-inverse", inverted=True),
     fixed(pft.LOFTTransform(0.5), bound=0.5, **EXPONENTIAL),
