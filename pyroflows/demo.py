@@ -27,7 +27,6 @@ COLUMNS = [
 ]
 TEST_ROWS = 171
 MLE_STEPS = 3000
-SVI_STEPS = 2000
 NUTS_DRAWS = 2000
 WARMUP = 500
 GUIDE_DRAWS = 4000
@@ -215,7 +214,7 @@ def fit_schools(seed: int) -> Posterior:
     pyro.set_rng_seed(seed)
     coords = {"school": SCHOOLS}
     guide = pf.AutoFlow(eight_schools, name="demo")
-    fit = pf.fit_svi(guide, ERRORS, EFFECTS, steps=SVI_STEPS, seed=seed)
+    fit = pf.fit_svi(guide, ERRORS, EFFECTS, seed=seed)
     print(f"AutoFlow: {fit}\n")
     by_guide = pf.to_arviz(
         guide, ERRORS, EFFECTS, num_samples=GUIDE_DRAWS, coords=coords, seed=seed

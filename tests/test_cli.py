@@ -42,7 +42,6 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(
 def shorten(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {
         "MLE_STEPS": 100,
-        "SVI_STEPS": 100,
         "NUTS_DRAWS": 50,
         "WARMUP": 50,
         "GUIDE_DRAWS": 200,

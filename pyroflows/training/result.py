@@ -92,6 +92,8 @@ class Fit:
         return ax
 
     def _summary(self) -> str:
+        if not self.history.losses:
+            return f"no steps, in {self.seconds:.1f} s: {self.stop_reason}"
         step, best = self.history.best
         skipped = f", {self.history.skipped} steps skipped" if self.history.skipped else ""
         return (
