@@ -12,7 +12,11 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CODE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-TUTORIALS = sorted((ROOT / "tutorials").glob("*.ipynb"))
+TUTORIALS = [
+    # Fits with the default budget, and NUTS.
+    pytest.param(path, marks=[pytest.mark.slow] if path.stem == "svi_start_to_finish" else [])
+    for path in sorted((ROOT / "tutorials").glob("*.ipynb"))
+]
 # Packages of the test extra that some versions of Python lack.
 NEEDS = {"preconditioned_nuts": "nutpie"}
 WITH_CODE = [page for page in PAGES if CODE.search(page.read_text())]
