@@ -290,8 +290,8 @@ def row(method: str, results: list[Result]) -> str:
         spread([r.effective for r in results]),
         spread([r.r_hat for r in results], 3),
         spread([r.error for r in results], 1),
-        spread([r.fit_seconds for r in results]) if results[0].fit_seconds else "",
-        spread([r.seconds for r in results]),
+        spread([r.fit_seconds for r in results], 1) if results[0].fit_seconds else "",
+        spread([r.seconds for r in results], 1),
     ]
     return "| " + " | ".join(cells) + " |"
 
