@@ -28,6 +28,8 @@ class _Draw(NamedTuple):
 
 def _base_log_prob(base_dist: Distribution, z: Tensor) -> Tensor:
     """As ``base_dist.log_prob(z)``, where torch's sums over events fail for an empty batch."""
+    if 0 not in z.shape and 0 not in base_dist.batch_shape:
+        return base_dist.log_prob(z)
     dims = len(base_dist.event_shape)
     batch = torch.broadcast_shapes(z.shape[: z.dim() - dims], base_dist.batch_shape)
     return sum_rightmost(z, dims).expand(batch) if 0 in batch else base_dist.log_prob(z)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, widths
+from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, linear_by_output, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
 
 Unrolled = Generator[Tensor, Tensor, None]
@@ -28,7 +28,8 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor, bias: bool = True) -> None:
         super().__init__(mask.shape[1], mask.shape[0], bias=bias)
-        self.register_buffer("mask", mask)
+        # In the weights' dtype: a product with booleans takes six times as long.
+        self.register_buffer("mask", mask.to(self.weight.dtype))
 
     def masked_weight(self) -> Tensor:
         """The weights that count, ``(out_features, in_features)``."""
@@ -114,13 +115,18 @@ class MaskedResidualMLP(ZeroStart):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Input ``(*batch, features)``, output ``(*batch, count * features)``."""
-        h = self.layers[0](x)
+        first, *layers = cast("list[MaskedLinear]", list(self.layers))
+        h = first(x)
         if self.context is not None:
             h = h + self.context(context)
-        for i, layer in enumerate(self.layers[1:], start=1):
+        if not layers:
+            return h
+        *layers, last = layers
+        for i, layer in enumerate(layers, start=1):
             out = layer(self.activation(h))
             h = h + out if self._is_residual(i) else out
-        return h if self.direct is None else h + self.direct(x)
+        out = linear_by_output(self.activation(h), last.masked_weight(), last.bias)
+        return out if self.direct is None else out + self.direct(x)
 
     def _is_residual(self, layer: int) -> bool:
         return layer < len(self.hidden_features) and is_residual(self.hidden_features, layer)

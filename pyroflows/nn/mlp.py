@@ -149,12 +149,13 @@ class ResidualMLP(ZeroStart):
             h = self.context(context)
         else:
             h = self.constant
-        # Without features the batch of x still counts.
-        h = h.expand(*torch.broadcast_shapes(h.shape[:-1], x.shape[:-1]), h.shape[-1])
+        if h.shape[:-1] != x.shape[:-1]:
+            # Without features the batch of x still counts.
+            h = h.expand(*torch.broadcast_shapes(h.shape[:-1], x.shape[:-1]), h.shape[-1])
         if not len(self.layers):
             return h
-        for i, layer in enumerate(self.layers[:-1], start=1):
+        *layers, last = cast("list[nn.Linear]", list(self.layers))
+        for i, layer in enumerate(layers, start=1):
             out = layer(self.activation(h))
             h = h + out if is_residual(self.hidden_features, i) else out
-        last = cast("nn.Linear", self.layers[-1])
         return linear_by_output(self.activation(h), last.weight, last.bias)

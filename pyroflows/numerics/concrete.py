@@ -20,7 +20,7 @@ def has_values(value: Tensor) -> bool:
     return not (
         value.is_meta
         or torch.compiler.is_compiling()
-        or torch.jit._trace.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         # In a batched backward pass no interpreter is left on the stack.
         or torch._C._functorch.is_legacy_batchedtensor(value)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.functional import pad
 
-from pyroflows.numerics.concrete import has_values
+from pyroflows.numerics import analytic
 from pyroflows.numerics.splines import LOG_SLOPE, MIN_BIN_SIZE, Bins, knot_slopes
 
 #: Of the raw logarithms of slopes, see `soft_clamp`.
@@ -126,16 +124,7 @@ def rational_quadratic_spline(
     if len(params) < 2 or (len(params) + (not periodic)) % 3:
         kind = "3 bins" if periodic else "3 bins - 1"
         raise ValueError(f"params: expected a first dimension of {kind}, got {tuple(params.shape)}")
-    spline = _Spline(bound, inverse, periodic)
-    shape = torch.broadcast_shapes(x.shape, params.shape[1:])
-    if params.shape[1:] != shape or params.dtype != x.dtype or not _is_plain(params):
-        return _composed(x, params, spline)
-    x = x.expand(shape)
-    if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
-        y, ladj = _Analytic.apply(x, params, spline)
-        return y, ladj
-    y, ladj, *_ = _evaluate(x, params, spline)
-    return y, ladj
+    return analytic.apply(_Spline(bound, inverse, periodic), x, params)
 
 
 class _Spline(NamedTuple):
@@ -143,19 +132,31 @@ class _Spline(NamedTuple):
     inverse: bool
     periodic: bool
 
+    def composed(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        count = (len(params) + 1) // 3
+        widths, heights, slopes = params.tensor_split([count, 2 * count])
+        bins = Bins(x, widths, heights, self.bound, self.inverse, closed=self.periodic)
+        ends = bins.ends(knot_slopes(slopes, widths, self.periodic))
+        return bins.map(_Piece(*ends, bins.mean_slope))
 
-def _is_plain(value: Tensor) -> bool:
-    """Whether nothing but backward passes looks at the operations."""
-    return has_values(value) and forward_ad._current_level < 0
+    def evaluate(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        flat = _Flat(params)
+        y, ladj, own, found = _evaluate(flat.points(x), flat.params(params), self)
+        return flat.unpoints(y), flat.unpoints(ladj), (*own, *found)
 
-
-def _composed(x: Tensor, params: Tensor, spline: _Spline) -> tuple[Tensor, Tensor]:
-    """The spline by operations that torch differentiates, any number of times and any way."""
-    count = (len(params) + 1) // 3
-    widths, heights, slopes = params.tensor_split([count, 2 * count])
-    bins = Bins(x, widths, heights, spline.bound, spline.inverse, closed=spline.periodic)
-    ends = bins.ends(knot_slopes(slopes, widths, spline.periodic))
-    return bins.map(_Piece(*ends, bins.mean_slope))
+    def gradient(
+        self,
+        params: Tensor,
+        saved: tuple[Tensor, ...],
+        of_y: Tensor,
+        of_ladj: Tensor,
+        of_params: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        flat, of_bin = _Flat(params), len(_Bin._fields)
+        own, found = _Bin(*saved[:of_bin]), _Found(*saved[of_bin:])
+        grads = flat.points(of_y), flat.points(of_ladj)
+        point, rows = _gradient(own, found, self, *grads, of_params)
+        return flat.unpoints(point), None if rows is None else flat.unparams(rows)
 
 
 class _Flat:
@@ -210,13 +211,11 @@ class _Found(NamedTuple):
     across: Tensor
 
 
-def _evaluate(x: Tensor, params: Tensor, spline: _Spline) -> tuple[Tensor, Tensor, _Bin, _Found]:
-    """Values, log-derivatives and what the gradient needs; nothing is recorded."""
-    flat = _Flat(params)
-    point = flat.points(x)
-    unit = _units((len(params) + 1) // 3, spline.bound)[1]
+def _evaluate(point: Tensor, raw: Tensor, spline: _Spline) -> tuple[Tensor, Tensor, _Bin, _Found]:
+    """Values, log-derivatives and what the gradient needs, of points ``(N,)``."""
+    unit = _units((len(raw) + 1) // 3, spline.bound)[1]
     given = point / unit
-    own = _own_bin(given, flat.params(params), spline)
+    own = _own_bin(given, raw, spline)
     piece = _Piece(own.slopes[0], own.slopes[1], own.height / own.width)
     # Rounding may lead out of the bin, where slopes can be negative; so may points outside.
     if spline.inverse:
@@ -235,7 +234,7 @@ def _evaluate(x: Tensor, params: Tensor, spline: _Spline) -> tuple[Tensor, Tenso
     inside = 1 - outside
     value = value.mul_(unit).mul_(inside).addcmul_(point, outside)
     found = _Found(outside, xi, eta, slope, whole, across)
-    return flat.unpoints(value), flat.unpoints(ladj.mul_(inside)), own, found
+    return value, ladj.mul_(inside), own, found
 
 
 def _own_bin(given: Tensor, raw: Tensor, spline: _Spline) -> _Bin:
@@ -268,46 +267,6 @@ def _units(bins: int, bound: float) -> tuple[float, float]:
     """The floor under the bins' shares, and the unit of length in which they add up to the box."""
     share = 1 - bins * MIN_BIN_SIZE
     return MIN_BIN_SIZE / share, 2 * bound * share
-
-
-class _Analytic(torch.autograd.Function):
-    """The spline and its gradient in closed form."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, params: Tensor, spline: _Spline) -> tuple[Tensor, Tensor]:
-        y, ladj, own, found = _evaluate(x, params, spline)
-        ctx.spline = spline
-        ctx.save_for_backward(x, params, *own, *found)
-        return y, ladj
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, params, *saved = ctx.saved_tensors
-        own, found = _Bin(*saved[: len(_Bin._fields)]), _Found(*saved[len(_Bin._fields) :])
-        of_x, of_params = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() or not all(map(has_values, grads)):
-            return *_composed_gradient(x, params, ctx.spline, grads, of_x, of_params), None
-        flat = _Flat(params)
-        of_y, of_ladj = (flat.points(grad) for grad in grads)
-        point, rows = _gradient(own, found, ctx.spline, of_y, of_ladj, of_params)
-        return flat.unpoints(point), None if rows is None else flat.unparams(rows), None
-
-
-def _composed_gradient(
-    x: Tensor,
-    params: Tensor,
-    spline: _Spline,
-    grads: Sequence[Tensor],
-    of_x: bool,
-    of_params: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients that can be differentiated again."""
-    again = torch.is_grad_enabled()
-    with torch.enable_grad():
-        values = _composed(x, params, spline)
-    inputs = [t for t, wanted in ((x, of_x), (params, of_params)) if wanted]
-    found = iter(torch.autograd.grad(values, inputs, grads, create_graph=again))
-    return next(found) if of_x else None, next(found) if of_params else None
 
 
 def _gradient(

@@ -57,13 +57,15 @@ class CouplingTransform(Transform):
         self.kept = kept
 
     def _couple(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        value = value.index_select(-1, self.order)
-        given, old = value.tensor_split([self.kept], dim=-1)
+        # Features lead in memory, as the parameters do: a part of them is one piece.
+        columns = value.movedim(-1, 0).index_select(0, self.order)
+        given, old = (part.movedim(0, -1) for part in columns.tensor_split([self.kept]))
         inner = self.univariate(self.conditioner(given))
         new, ladj = inner.inverse_and_ladj(old) if inverse else inner.call_and_ladj(old)
         # The context may have added batch dimensions to the mapped part alone.
         given = given.expand(*new.shape[:-1], self.kept)
-        return torch.cat([given, new], -1).index_select(-1, self.restore), ladj.sum(-1)
+        columns = torch.cat([given.movedim(-1, 0), new.movedim(-1, 0)])
+        return columns.index_select(0, self.restore).movedim(0, -1), ladj.sum(-1)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._couple(x, inverse=False)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.numerics import soft_clamp
+from pyroflows.numerics.affine import bounded_affine
 from pyroflows.transforms.base import Transform
 
 
@@ -112,5 +112,20 @@ class Affine:
         if not self.max_log_scale > 0:
             raise ValueError(f"max_log_scale: expected a positive bound, got {self.max_log_scale}")
 
-    def __call__(self, params: Tensor) -> AffineTransform:
-        return AffineTransform(params[0], soft_clamp(params[1], self.max_log_scale))
+    def __call__(self, params: Tensor) -> Transform:
+        return _BoundedAffineTransform(params, self.max_log_scale)
+
+
+class _BoundedAffineTransform(Transform):
+    """An affine map of raw parameters ``(2, ...)``, whose gradient is analytic."""
+
+    def __init__(self, params: Tensor, bound: float) -> None:
+        super().__init__()
+        self.params = params
+        self.bound = bound
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return bounded_affine(x, self.params, self.bound)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return bounded_affine(y, self.params, self.bound, inverse=True)

@@ -49,7 +49,8 @@ def _ratio(timing: Timing | None) -> str:
 
 def table(results: dict[str, dict[str, Timing]], header: bool = True) -> str:
     """Ratios to zuko's CPU time in the same round, medians."""
-    names = list(CONTENDERS)
+    timed = {name for line in results.values() for name in line}
+    names = [name for name in CONTENDERS if name in timed]
     lines = []
     if header:
         lines.append("| workload | zuko, ms | goal | " + " | ".join(names) + " |")
