@@ -44,6 +44,10 @@ class LocalLatentError(NotImplementedError):
     """Latent variables inside a subsampled plate, which a global guide cannot represent."""
 
 
+class DependentSupportError(NotImplementedError):
+    """A latent whose support depends on another latent, which a guide holds constant."""
+
+
 class SavedFileError(ValueError):
     """A file that is damaged, or was not written by pyroflows."""
 

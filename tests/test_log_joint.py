@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 import pyroflows as pf
-from pyroflows.errors import ShapeError
+from pyroflows.errors import DependentSupportError, ShapeError
 from tests.models import (
     COUNTS,
     MIXTURE_DATA,
@@ -192,3 +192,23 @@ def test_log_joint_asks_for_draws_in_rows() -> None:
         guide.log_joint(torch.zeros(1), COUNTS)
     with pytest.raises(ShapeError, match=r"latents: expected shape \(\*batch, 1\), got \(3, 2\)"):
         guide.log_joint(torch.zeros(3, 2), COUNTS)
+
+
+def test_a_support_that_depends_on_another_latent_is_named() -> None:
+    def model() -> None:
+        a = pyro.sample("a", dist.Uniform(1.0, 2.0))
+        pyro.sample("b", dist.Uniform(0.0, a))
+
+    with pytest.raises(DependentSupportError, match=r"site 'b': its support depends.*'share'"):
+        pf.fit_svi(pf.AutoFlow(model), progress=False)
+
+
+def test_supports_of_all_kinds_may_stay_as_they_are() -> None:
+    def model() -> None:
+        pyro.sample("simplex", dist.Dirichlet(torch.ones(3)))
+        pyro.sample("corner", dist.LKJCholesky(3, 2.0))
+        pyro.sample("box", dist.Uniform(torch.tensor([0.0, -1.0]), 2.0).to_event(1))
+        pyro.sample("count", dist.Gamma(2.0, 1.0))
+
+    report = pf.fit_svi(pf.AutoFlow(model), seed=0, budget=0, progress=False).psis
+    assert report.log_evidence == pytest.approx(0.0, abs=0.1)

@@ -16,8 +16,10 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine import Trace
 from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
+from torch.distributions.constraints import Constraint
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from pyroflows.errors import DependentSupportError
 from pyroflows.numerics import forked_rng
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class LogJoint:
         with pyro.validation_enabled(False):
             if draws < 2:
                 return strategies["loop"](values)
-            strategy = self.strategy or self._choose(strategies, values)
+            strategy = self.strategy or self._choose(strategies, values, args, kwargs)
             try:
                 return strategies[strategy](values)
             except LinAlgError:
@@ -139,8 +141,27 @@ class LogJoint:
 
     # --- the choice ---------------------------------------------------------------------------
 
+    def _check_supports(self, two: Values, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise where the support of a site is another one at another draw."""
+        traces = [self._trace({k: v[i] for k, v in two.items()}, args, kwargs) for i in (0, 1)]
+        for name in two:
+            sites: list[Any] = [trace.nodes[name] for trace in traces]
+            first, second = (_bounds(site["fn"].support) for site in sites)
+            if any(not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+                raise DependentSupportError(
+                    f"site {name!r}: its support depends on another latent, and a guide maps all "
+                    "draws to one support. Sample it on a fixed one and scale it, as in "
+                    "b = a * pyro.sample('share', dist.Uniform(0, 1)) in place of Uniform(0, a)."
+                )
+
     @torch.no_grad()
-    def _choose(self, strategies: dict[str, Evaluate], values: Values) -> str:
+    def _choose(
+        self,
+        strategies: dict[str, Evaluate],
+        values: Values,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> str:
         """The first strategy that agrees with the loop on two draws, for good."""
         two = {name: v[:2] for name, v in values.items()}
         # The same random numbers for every evaluation, so that subsamples can be compared.
@@ -151,6 +172,8 @@ class LogJoint:
         expected = torch.cat([first, second])
         if expected.isnan().any():
             return "loop"  # for now: these draws cannot tell
+        with forked_rng(0):
+            self._check_supports(two, args, kwargs)
         for name in ("plate", "vmap"):
             try:
                 with forked_rng(0):
@@ -173,6 +196,15 @@ class LogJoint:
 
 def _sample_sites(trace: Trace) -> list[Any]:
     return [site for site in trace.nodes.values() if site["type"] == "sample"]
+
+
+def _bounds(constraint: Any) -> list[Tensor]:
+    """The numbers that a constraint is made of, however nested."""
+    if isinstance(constraint, (Tensor, int, float)):
+        return [torch.as_tensor(constraint)]
+    parts = constraint if isinstance(constraint, (list, tuple)) else vars(constraint).values()
+    nested = (Tensor, int, float, list, tuple, Constraint)
+    return [bound for part in parts if isinstance(part, nested) for bound in _bounds(part)]
 
 
 def _agree(got: Tensor, expected: Tensor) -> bool:
