@@ -28,8 +28,9 @@ from pyroflows.training.losses import Estimator, NegativeELBO
 from pyroflows.training.result import History, SVIFit
 from pyroflows.training.start import find_start, missed_mass
 
-#: Steps of the first round; each further one has twice as many.
-FIRST_ROUND = 400
+#: Steps of the first round; each further one has twice as many. Longer rounds than `LONG` have a
+#: smaller learning rate in proportion.
+FIRST_ROUND, LONG = 100, 400
 #: Draws behind the decision to end.
 LOOK = 2000
 
@@ -59,7 +60,7 @@ def fit_svi(
     First Gaussians: from many starts at once, each ascends to a mode and is matched to the scores
     of the posterior (see `pyroflows.numerics.batch_and_match`). The best becomes the flow's
     standardization, so that its layers begin where the posterior has mean zero and unit covariance;
-    of many regressions it is all that is needed. Then the flow, in rounds of 400, 800, 1,600 steps,
+    of many regressions it is all that is needed. Then the flow, in rounds of 100, 200, 400... steps,
     until enough of the draws are effective: Adam with a cosine schedule and clipped gradients, all
     draws of a step evaluated at once. Last the report, for which the other starts are looked at
     again: mass that they see and the guide does not is named. Interrupted by Ctrl-C it returns what
@@ -98,7 +99,7 @@ def fit_svi(
         So many steps in one round instead, whatever the draws' effectiveness.
     lr, clip_norm
         Of the optimiser; the learning rate, by default 0.01, or 0.003 of an amortised guide, is
-        halved from round to round.
+        halved in the round of 800 steps and again in later ones.
     psis_samples
         Draws for the report on the result; 0 for no report.
     checkpoint
@@ -241,7 +242,7 @@ class _SVI:
             batches=repeat((self.args, self.kwargs)),
             parameters=parameters,
             steps=steps,
-            lr=self.lr / 2**number,
+            lr=self.lr * min(1.0, LONG / steps) if len(self.rounds) > 1 else self.lr,
             clip_norm=self.clip_norm,
             check=None,
             check_every=max(1, steps // 20),
