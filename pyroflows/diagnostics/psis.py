@@ -252,7 +252,7 @@ def weigh(
     log_weights[usable], k_hat = _smooth(finite)
     top = finite.max()
     relative = np.exp(np.where(usable, raw, -np.inf) - top)
-    moved = _moved(unpack(latents), log_weights)
+    moved = moments_moved(unpack(latents), log_weights)
     generator = np.random.default_rng(0)
     replicates = [_smooth(generator.choice(finite, len(finite)))[1] for _ in range(REPLICATES)]
     return PSIS(
@@ -273,7 +273,7 @@ def weigh(
     )
 
 
-def _moved(values: dict[str, Tensor], log_weights: np.ndarray) -> tuple[float, float, float]:
+def moments_moved(values: dict[str, Tensor], log_weights: np.ndarray) -> tuple[float, float, float]:
     """How far weights move means and deviations, and halves of the draws lie apart.
 
     The largest of all scalars; infinite where draws with weight are not finite.

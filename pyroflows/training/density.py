@@ -41,6 +41,14 @@ class Density:
         )
 
     @torch.no_grad()
+    def score(self, latents: Tensor) -> Tensor:
+        """Log densities ``(S,)`` of latents ``(S, D)``, without gradients."""
+        flow = self.guide.flow
+        parts = latents.to(flow.device, flow.dtype).split(CHUNK)
+        log_p = [self.guide.log_joint(part, *self.args, **self.kwargs) for part in parts]
+        return torch.cat(log_p).double().cpu()
+
+    @torch.no_grad()
     def is_random(self) -> bool:
         """Whether two scores of the same draw differ: minibatches, or sites the model samples."""
         latents, _ = self.draw_guide(2)

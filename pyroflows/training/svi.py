@@ -16,7 +16,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, psis
+from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, moments_moved, psis
 from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.numerics import forked_rng
 from pyroflows.training.amortized import fit_amortized
@@ -30,9 +30,10 @@ from pyroflows.training.start import find_start, missed_mass
 
 #: Steps of the first round; each further one has twice as many. Longer rounds than `LONG` have a
 #: smaller learning rate in proportion.
-FIRST_ROUND, LONG = 100, 400
-#: Draws behind the decision to end.
-LOOK = 2000
+FIRST_ROUND, LONG = 200, 400
+#: Draws behind the decision to end, and how far their weights may move a mean, in deviations, or
+#: the logarithm of a deviation.
+LOOK, STEADY = 4000, 0.1
 
 
 def fit_svi(
@@ -60,7 +61,7 @@ def fit_svi(
     First Gaussians: from many starts at once, each ascends to a mode and is matched to the scores
     of the posterior (see `pyroflows.numerics.batch_and_match`). The best becomes the flow's
     standardization, so that its layers begin where the posterior has mean zero and unit covariance;
-    of many regressions it is all that is needed. Then the flow, in rounds of 100, 200, 400... steps,
+    of many regressions it is all that is needed. Then the flow, in rounds of 200, 400... steps,
     until enough of the draws are effective: Adam with a cosine schedule and clipped gradients, all
     draws of a step evaluated at once. Last the report, for which the other starts are looked at
     again: mass that they see and the guide does not is named. Interrupted by Ctrl-C it returns what
@@ -94,12 +95,13 @@ def fit_svi(
     budget
         Most steps in all; 0 for the Gaussian alone.
     enough
-        Share of effective draws at which to end.
+        Share of effective draws at which to end, if their weights then move neither means nor
+        deviations by more than a tenth.
     steps
         So many steps in one round instead, whatever the draws' effectiveness.
     lr, clip_norm
         Of the optimiser; the learning rate, by default 0.01, or 0.003 of an amortised guide, is
-        halved in the round of 800 steps and again in later ones.
+        halved in the round of 800 steps and so on.
     psis_samples
         Draws for the report on the result; 0 for no report.
     checkpoint
@@ -259,11 +261,11 @@ class _SVI:
             self._load(state)
         else:
             self._start(starts)
-        done = state["round"] if state else 0
-        for number in range(done, len(self.loops)):
-            resume = state["loop"] if state and number == done else None
-            share = self._effective_share() if self.adaptive and resume is None else 0.0
-            if self.enough is not None and share >= self.enough:
+        first = state["round"] if state else 0
+        for number in range(first, len(self.loops)):
+            resume = state["loop"] if state and number == first else None
+            share, done = self._look() if self.adaptive and resume is None else (0.0, False)
+            if done:
                 self.reason = (
                     f"{share:.0%} of the draws are effective" if number else "a Gaussian was enough"
                 )
@@ -291,13 +293,19 @@ class _SVI:
         return self.reason == "all steps were done"
 
     @torch.no_grad()
-    def _effective_share(self) -> float:
-        q = self.guide.get_posterior(*self.args, **self.kwargs)
-        latents, log_q = q.rsample_and_log_prob((LOOK,))
-        log_p = self.guide.log_joint(latents, *self.args, **self.kwargs)
-        log_weights = log_p - log_q
-        log_weights = log_weights[log_weights.isfinite()]
-        return float(1 / (LOOK * log_weights.softmax(0).square().sum())) if len(log_weights) else 0
+    def _look(self) -> tuple[float, bool]:
+        """The share of effective draws, and whether that ends the fit."""
+        latents, log_q = self.density.draw_guide(LOOK)
+        log_weights = self.density.score(latents) - log_q
+        usable = log_weights.isfinite()
+        if not usable.any():
+            return 0.0, False
+        log_weights = log_weights[usable].log_softmax(0)
+        share = float(1 / (LOOK * (2 * log_weights).exp().sum()))
+        if self.enough is None or share < self.enough:
+            return share, False
+        values = self.guide.unpack(latents[usable].to(self.guide.flow.dtype))
+        return share, max(moments_moved(values, log_weights.numpy())[:2]) < STEADY
 
     def report(self, draws: int) -> PSIS:
         """The weights of the guide's draws, and the mass that only the other starts see."""
