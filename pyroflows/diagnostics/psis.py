@@ -249,12 +249,12 @@ def weigh(
         )
     finite = raw[usable]
     log_weights = np.full_like(raw, -np.inf)
-    log_weights[usable], k_hat = _smooth(finite)
+    log_weights[usable], k_hat = smooth(finite)
     top = finite.max()
     relative = np.exp(np.where(usable, raw, -np.inf) - top)
     moved = moments_moved(unpack(latents), log_weights)
     generator = np.random.default_rng(0)
-    replicates = [_smooth(generator.choice(finite, len(finite)))[1] for _ in range(REPLICATES)]
+    replicates = [smooth(generator.choice(finite, len(finite)))[1] for _ in range(REPLICATES)]
     return PSIS(
         k_hat=k_hat,
         # No interpolation: replicates may be infinite.
@@ -301,7 +301,7 @@ def moments_moved(values: dict[str, Tensor], log_weights: np.ndarray) -> tuple[f
     return tuple(map(float, largest))  # type: ignore[return-value]
 
 
-def _smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
+def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:
     """Smoothed, normalised log weights and k-hat, by the ArviZ that is installed."""
     if len(log_weights) < MIN_DRAWS:
         return log_weights - np.logaddexp.reduce(log_weights), math.inf

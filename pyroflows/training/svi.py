@@ -11,12 +11,13 @@ from functools import partial
 from itertools import repeat
 from typing import Any, cast
 
+import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, moments_moved, psis
+from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, moments_moved, psis, smooth
 from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.numerics import forked_rng
 from pyroflows.training.amortized import fit_amortized
@@ -300,12 +301,12 @@ class _SVI:
         usable = log_weights.isfinite()
         if not usable.any():
             return 0.0, False
-        log_weights = log_weights[usable].log_softmax(0)
-        share = float(1 / (LOOK * (2 * log_weights).exp().sum()))
+        weights, _ = smooth(log_weights[usable].numpy())
+        share = float(1 / (LOOK * np.exp(2 * weights).sum()))
         if self.enough is None or share < self.enough:
             return share, False
         values = self.guide.unpack(latents[usable].to(self.guide.flow.dtype))
-        return share, max(moments_moved(values, log_weights.numpy())[:2]) < STEADY
+        return share, max(moments_moved(values, weights)[:2]) < STEADY
 
     def report(self, draws: int) -> PSIS:
         """The weights of the guide's draws, and the mass that only the other starts see."""
