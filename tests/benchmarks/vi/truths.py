@@ -25,7 +25,7 @@ from tests.benchmarks.vi.posterior import TRUTHS, Posterior
 LogDensity = Callable[[Tensor], Tensor]
 
 #: Chains, adaptation steps, kept steps of each.
-CHAINS, ADAPT, KEEP = 64, 600, 900
+CHAINS, ADAPT, KEEP = 64, 600, 600
 #: Every so many draws of a chain go to the bridge.
 THIN = 6
 #: Leapfrog steps are drawn between 1 and twice the mean.
