@@ -84,9 +84,7 @@ def test_refined_posterior_is_better_and_the_guide_as_before(npe: Any) -> None:
     y = observation(5) + 1.0
     before = {name: value.clone() for name, value in guide.state_dict().items()}
     raw = pf.psis(guide.posterior(y), num_samples=2000, seed=0)
-    posterior, fit = pf.refine(
-        guide, y, steps=100, draws=32, psis_samples=2000, seed=0, progress=False
-    )
+    posterior, fit = pf.refine(guide, y, steps=100, psis_samples=2000, seed=0, progress=False)
     assert fit.psis.ess > raw.ess
     assert fit.psis.ess > 0.95 * 2000
     assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
