@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -33,6 +34,9 @@ import pyroflows as pf
 from pyroflows.errors import LocalLatentError
 from tests.models import (
     MIXTURE_DATA,
+    SCHOOL_ERRORS,
+    SCHOOLS,
+    eight_schools,
     exact_gaussian_guide,
     gaussian,
     gaussian_data,
@@ -376,3 +380,13 @@ def test_sequential_plates_with_latents() -> None:
 
     with pytest.raises(NotImplementedError, match="sequential"):
         pf.AutoFlow(model, example_args=())
+
+
+@pytest.mark.parametrize("vectorized", [False, True])
+def test_svi_with_plates_needs_no_example_arguments(vectorized: bool) -> None:
+    """The guide meets its model, and makes its plates, within the first step's own trace."""
+    guide = pf.AutoFlow(eight_schools)
+    elbo = Trace_ELBO(num_particles=2, vectorize_particles=vectorized, max_plate_nesting=1)
+    svi = SVI(eight_schools, guide, FiniteAdam(0.01), elbo)
+    for _ in range(2):
+        assert math.isfinite(svi.step(SCHOOL_ERRORS, SCHOOLS))

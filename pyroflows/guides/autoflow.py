@@ -174,8 +174,9 @@ class AutoFlow(AutoContinuous):
             _check_latent(name, site)
         _forget_data(self.prototype_trace)
         if self.master is None:
-            # Pyro makes them in the first call only, and NeuTraReparam reads them.
-            self._create_plates(*args, **kwargs)
+            # For NeuTraReparam. Blocked, as the first call makes them again in the same trace.
+            with poutine.block():
+                self._create_plates(*args, **kwargs)
         self._build_flow()
 
     def _full_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
