@@ -24,8 +24,9 @@ EQUAL = 0.99
 #: Largest move of a mean by the weights, in deviations, and of the logarithm of a deviation, with
 #: which unweighted draws will do; and the largest distance between the halves of the draws.
 SHIFT, STRETCH, SPLIT = 0.1, 0.2, 0.25
-#: Largest share of the posterior that may lie where only other starts of a fit have been.
-MISSED = 0.01
+#: Largest share of the posterior that may lie where only other starts of a fit have been: a share
+#: e, however far away, moves a mean by at most sqrt(e) deviations.
+MISSED = 0.05
 #: Bootstrap replicates behind the interval of k-hat.
 REPLICATES = 50
 
@@ -61,8 +62,9 @@ class PSIS:
     dropped
         Draws at which the model's density was infinite or not a number; they have weight zero.
     missed
-        Mass that other starts of the fit saw where the guide hardly draws, as a share of what the
-        guide covers; None where nobody has looked, as weights alone cannot see it.
+        Mass that other starts of the fit, or short chains from the guide's draws, saw where the
+        guide hardly draws, as a share of what it covers; None where nobody has looked, as weights
+        alone cannot see it.
 
     References
     ----------
@@ -117,9 +119,9 @@ class PSIS:
         if self.missed is not None and not self.missed <= MISSED:
             share = self.missed / (1 + self.missed)
             found.append(
-                f"about {share:.0%} of the posterior lies where the guide does not draw: a mode "
-                "that only another start has found. Give the flow a base of several modes, "
-                "pyroflows.distributions.Modes, as the default flow has one"
+                f"about {share:.0%} of the posterior lies where the guide does not draw, as other "
+                "starts or short chains from it have seen. Fit longer (budget=); for several modes "
+                "give the flow a base that takes them, pyroflows.distributions.Modes"
             )
         if self.ess >= EQUAL * self.num_samples:
             return found
@@ -161,7 +163,7 @@ class PSIS:
             f"(ELBO {self.elbo:.3f})",
         ]
         if self.missed is not None:
-            lines.append(f"  other starts   see {self.missed:.1%} beside what the guide covers")
+            lines.append(f"  others see     {self.missed:.1%} beside what the guide covers")
         if self.dropped:
             lines.append(f"  dropped        {self.dropped} draws where the model is not a number")
         return "\n".join(lines)

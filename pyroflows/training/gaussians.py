@@ -24,6 +24,8 @@ MATCHING = 60
 EXACT = 0.03
 #: Differences of estimated lower bounds below this say nothing, in nats.
 NOISE = 0.05
+#: Modes are apart where the density between them is so much lower, in nats.
+VALLEY = 3.0
 #: Starts that end within so many deviations of a better one are the same mode.
 SAME = 5.0
 
@@ -193,6 +195,22 @@ def _match(density: Density, now: Gaussians, draws: int) -> Gaussians:
         # The last has seen the most scores: noise is no reason to leave it.
         result = _where(gaussians.elbo > result.elbo + NOISE, gaussians, result)
     return result
+
+
+def separated(density: Density, gaussians: Gaussians) -> Tensor:
+    """Which Gaussians ``(K,)`` have a valley of density between them and every better one.
+
+    The neck of a funnel is no mode of its own: a flow bends one normal into it more easily.
+    """
+    share = torch.linspace(0, 1, 21, dtype=gaussians.loc.dtype)[:, None]
+    kept = [0]
+    for i in range(1, len(gaussians.loc)):
+        ways = [torch.lerp(gaussians.loc[i], gaussians.loc[k], share) for k in kept]
+        heights = density(torch.stack(ways))[0]
+        ends = torch.minimum(heights[:, 0], heights[:, -1])
+        if (ends - heights.amin(-1) > VALLEY).all():
+            kept.append(i)
+    return torch.isin(torch.arange(len(gaussians.loc)), torch.tensor(kept))
 
 
 def mixture_weights(density: Density, gaussians: Gaussians) -> Tensor:

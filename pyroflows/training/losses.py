@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import FitError
@@ -13,6 +14,8 @@ from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 
 Estimator = Literal["stl", "total", "iw", "renyi", "forward"]
+#: Two evaluations of one log density may differ by so much, in nats.
+DISAGREEMENT = 0.1
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
 
@@ -108,10 +111,21 @@ class NegativeELBO(nn.Module):
             return (log_q - log_p).mean()
         if self.estimator == "forward":
             return _forward(log_p.detach() - log_q, log_p, q.log_prob(latents))
-        log_weights = log_p - q.detach_params().log_prob(latents)
+        log_weights = log_p - _path(log_q, q.detach_params().log_prob(latents))
         if self.estimator == "stl":
             return -log_weights.mean()
         return -_renyi_bound(log_weights, 0.0 if self.estimator == "iw" else 0.5)
+
+
+def _path(log_q: Tensor, by_inverse: Tensor) -> Tensor:
+    """The value of the forward pass with the gradient of the inverse one, where the two agree.
+
+    Where they do not, a steep flow has lost its inverse to rounding, and would learn to lose more:
+    those draws are constants.
+    """
+    agree = (log_q - by_inverse).abs() < DISAGREEMENT
+    gradient = torch.where(agree, by_inverse - by_inverse.detach(), 0.0)
+    return log_q.detach() + gradient
 
 
 def _renyi_bound(log_weights: Tensor, alpha: float) -> Tensor:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyroflows.diagnostics.psis import MISSED
 from pyroflows.distributions import Modes
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
@@ -24,8 +23,12 @@ from pyroflows.training.gaussians import (
     find_gaussians,
     lower_bound,
     mixture_weights,
+    separated,
 )
+from pyroflows.training.walk import walk
 
+#: Modes of a smaller weight are left out.
+LEAST = 0.01
 #: Where the posterior is so many times denser than the guide, the guide does not see it.
 UNSEEN = 20.0
 #: Mass that fewer effective draws of a Gaussian show is a large weight in its own tail.
@@ -63,7 +66,7 @@ def find_start(density: Density, count: int) -> Gaussians:
     _keep_if_better(density, lambda: _place(flow, gaussians))
     if isinstance(flow.base, Modes) and len(gaussians.loc) > 1:
         weights = mixture_weights(density, gaussians)
-        kept = weights > MISSED
+        kept = (weights > LEAST) & separated(density, gaussians)
         if kept.sum() > 1:
             _keep_if_better(density, lambda: _place_modes(flow, gaussians[kept], weights[kept]))
     return gaussians
@@ -113,18 +116,28 @@ def _guide_lower_bound(density: Density) -> float:
 
 @torch.no_grad()
 def missed_mass(density: Density, gaussians: Gaussians, log_evidence: float) -> float:
-    r"""Mass at the Gaussians that the guide hardly draws from, as a share of what it does cover.
+    r"""Mass where the guide hardly draws, as a share of what it does cover.
+
+    Weights of the guide's draws cannot see this mass. The Gaussians of the starts see it as
 
     .. math:: \sum_k E_{u \sim g_k}\left[\frac{p(x, u)}{Z g_k(u)}
         1\{p(x, u) > 20 Z q(u)\}\right]
 
-    with the guide's own estimate :math:`Z` of the evidence. Weights of the guide's draws cannot see
-    this mass. A Gaussian counts with five effective draws there: one alone, far out in a tail, may
-    stand for a tenth of the posterior in one run and for nothing in the next.
+    with the guide's own estimate :math:`Z` of the evidence; each counts if five effective draws
+    show it, for one alone, far out in a tail, may stand for a tenth of the posterior in one run and
+    for nothing in the next. What hangs together with the guide's draws is seen by short chains from
+    them (`walk`): the share that ends there. The larger of the two is given.
     """
     z, log_g = gaussians.draw(LOOK)
     log_p = density(z)[0] - log_evidence
-    unseen = log_p > density.score_guide(z) + math.log(UNSEEN)
-    share = torch.where(unseen & log_g.isfinite(), (log_p - log_g).exp(), 0.0)
-    total, squares = share.sum(-1), share.square().sum(-1)
-    return torch.where(total.square() >= SEEN_BY * squares, share.mean(-1), 0.0).sum().item()
+    mass = torch.where(_unseen(density, z, log_p) & log_g.isfinite(), (log_p - log_g).exp(), 0.0)
+    shown = mass.sum(-1).square() >= SEEN_BY * mass.square().sum(-1)
+    by_starts = torch.where(shown, mass.mean(-1), 0.0).sum().item()
+    ends = walk(density)
+    away = _unseen(density, ends, density(ends)[0] - log_evidence)
+    return max(by_starts, away.double().mean().item())
+
+
+def _unseen(density: Density, latents: Tensor, log_p: Tensor) -> Tensor:
+    """Where the posterior is much denser than the guide."""
+    return log_p > density.score_guide(latents) + math.log(UNSEEN)

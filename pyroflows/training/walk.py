@@ -1,0 +1,59 @@
+"""Short chains from a guide's draws, to see whether the posterior goes on where the guide ends."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pyroflows.guides.default import DENSE
+from pyroflows.training.density import Density
+
+#: Chains, their transitions, and the leapfrog steps of one.
+CHAINS, TRANSITIONS, LEAPFROGS = 256, 8, 8
+#: Shortest and longest step, in deviations of the guide; each transition of each chain draws one.
+STEPS = (0.05, 0.5)
+
+
+@torch.no_grad()
+def walk(density: Density) -> Tensor:
+    """Ends ``(chains, D)`` of Hamiltonian chains of the posterior that start at the guide's draws.
+
+    Were the draws the posterior's, so would be the ends. Where the guide lacks a part of the
+    posterior that hangs together with the rest, some chains end there.
+
+    References
+    ----------
+    Neal, "MCMC using Hamiltonian dynamics", Handbook of Markov chain Monte Carlo, 2011.
+    """
+    points, _ = density.draw_guide(max(CHAINS, 2 * min(density.guide.latent_dim, DENSE)))
+    factor = _factor(points)
+    points = points[:CHAINS]
+    log_p, scores = density(points)
+    for _ in range(TRANSITIONS):
+        low, high = map(math.log, STEPS)
+        size = (low + (high - low) * torch.rand(len(points), 1, dtype=points.dtype)).exp()
+        momentum = torch.randn_like(points)
+        there, g = points, scores
+        p = momentum
+        for _ in range(LEAPFROGS):
+            p = p + size / 2 * (g @ factor)
+            there = there + size * (p @ factor.mT)
+            new_log_p, g = density(there)
+            p = p + size / 2 * (g @ factor)
+        gain = new_log_p - log_p - (p.square() - momentum.square()).sum(-1) / 2
+        moved = (torch.rand_like(gain).log() < gain) & there.isfinite().all(-1)
+        points = torch.where(moved.unsqueeze(-1), there, points)
+        scores = torch.where(moved.unsqueeze(-1), g, scores)
+        log_p = torch.where(moved, new_log_p, log_p)
+    return points
+
+
+def _factor(draws: Tensor) -> Tensor:
+    """Of the draws' covariance, or of its diagonal where there are many latents."""
+    if draws.shape[-1] > DENSE:
+        return draws.std(0).diag()
+    covariance = draws.mT.cov().reshape(2 * draws.shape[-1:])
+    least = torch.finfo(draws.dtype).eps ** 0.5 * covariance.diagonal().diag()
+    return torch.linalg.cholesky(covariance + least)
