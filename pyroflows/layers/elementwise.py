@@ -36,7 +36,7 @@ class ElementwiseLayer(Layer):
     Examples
     --------
     >>> ElementwiseLayer(3)()(torch.ones(3))
-    tensor([1., 1., 1.], grad_fn=<AddBackward0>)
+    tensor([1., 1., 1.], grad_fn=<...>)
     """
 
     def __init__(

@@ -47,7 +47,7 @@ class TransformerLayer(Layer):
     Examples
     --------
     >>> TransformerLayer(3, one_pass="forward", width=8)()(torch.ones(3))
-    tensor([1., 1., 1.], grad_fn=<AddBackward0>)
+    tensor([1., 1., 1.], grad_fn=<...>)
     """
 
     def __init__(
