@@ -309,7 +309,7 @@ class _SVI:
         return share, max(moments_moved(values, weights)[:2]) < STEADY
 
     def report(self, draws: int) -> PSIS:
-        """The weights of the guide's draws, and the mass that only the other starts see."""
+        """The weights of the guide's draws, and the mass that the guide misses."""
         report = psis(self.guide, *self.args, model_kwargs=self.kwargs, num_samples=draws)
         if self.gaussians is None:
             return report
