@@ -178,7 +178,7 @@ def test_interrupted_before_the_first_check(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(NegativeLogLikelihood, "forward", interrupted)
     result = fit(small(), torch.randn(100, 2))
     assert result.stop_reason == "it was interrupted"
-    assert "0 steps" in str(result)
+    assert "no steps" in str(result)
     assert result.history.best[0] == 0
 
 

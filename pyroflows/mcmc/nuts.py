@@ -107,8 +107,10 @@ class _Run:
         if stage.startswith("Warmup"):
             return
         self.points.append(values["z"].detach())
-        # Pyro keeps the running mean only, which starts afresh with the first draw.
+        # Pyro keeps the running mean only, which starts afresh with the first draw; the difference
+        # of two means carries their rounding.
         accept = mean + (draw + 1) * (self._mean_accept - mean) if draw else self._mean_accept
+        accept = min(max(float(accept), 0.0), 1.0)
         divergences = kernel.diagnostics()["divergences"]
         row = {
             "diverging": bool(divergences) and divergences[-1] == draw,
