@@ -23,7 +23,7 @@ from pyroflows.guides.blocks import GLOBAL, Block
 from pyroflows.guides.build import Recipe, encoded
 from pyroflows.guides.data_encoder import DataEncoder
 from pyroflows.guides.deltas import LatentDeltas
-from pyroflows.guides.param_store import adopt, claim
+from pyroflows.guides.param_store import claim, enter
 from pyroflows.guides.posterior import AmortizedPosterior
 from pyroflows.guides.reading import Model, Reading, named, read_model
 from pyroflows.numerics import forked_rng
@@ -237,14 +237,7 @@ class AutoAmortizedFlow(AutoGuide):
             self._register()
 
     def _register(self) -> None:
-        if pyro.settings.get("module_local_params"):
-            return
-        if self._pyro_name != self._own_name:
-            # A parent module or guide list has given it another.
-            self._stem = self._pyro_name
-        self._own_name = self._pyro_name = claim(self._pyro_name, self, self._stem)
-        for part in ("flows", "encoders"):
-            adopt(self._pyro_get_fullname(part), cast("nn.Module", self._modules[part]))
+        enter(self, "flows", "encoders")
 
     # --- drawing ------------------------------------------------------------------------------
 

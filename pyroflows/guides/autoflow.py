@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import detach
@@ -23,7 +22,7 @@ from pyroflows.flows import Flow
 from pyroflows.guides.default import DENSE, default_flow
 from pyroflows.guides.deltas import LatentDeltas
 from pyroflows.guides.log_joint import LogJoint
-from pyroflows.guides.param_store import adopt, claim
+from pyroflows.guides.param_store import claim, enter
 from pyroflows.numerics import forked_rng, sum_rightmost
 from pyroflows.transforms import ComposedTransform
 from pyroflows.transforms.base import call_and_ladj
@@ -224,13 +223,7 @@ class AutoFlow(AutoContinuous):
 
     def _register(self) -> None:
         """Bring flow and param store together."""
-        if pyro.settings.get("module_local_params"):
-            return
-        if self._pyro_name != self._own_name:
-            # A parent module or guide list has given it another.
-            self._stem = self._pyro_name
-        self._own_name = self._pyro_name = claim(self._pyro_name, self, self._stem)
-        adopt(self._pyro_get_fullname("flow"), self.flow)
+        enter(self, "flow")
 
     # --- Pyro's autoguide contract ------------------------------------------------------------
 

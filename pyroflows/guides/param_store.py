@@ -59,6 +59,26 @@ def claim(name: str, guide: Any, stem: str) -> str:
     return taken
 
 
+def enter(guide: Any, *parts: str) -> None:
+    """Bring a guide's modules and the param store together, under a name that it owns.
+
+    Parameters
+    ----------
+    guide
+        A Pyro module with the name that it took last and the stem of its names.
+    *parts
+        Names of its modules.
+    """
+    if pyro.settings.get("module_local_params"):
+        return
+    if guide._pyro_name != guide._own_name:
+        # A parent module or guide list has given it another.
+        guide._stem = guide._pyro_name
+    guide._own_name = guide._pyro_name = claim(guide._pyro_name, guide, guide._stem)
+    for part in parts:
+        adopt(guide._pyro_get_fullname(part), guide._modules[part])
+
+
 def adopt(name: str, module: nn.Module) -> None:
     """Bring a module and the param store's entries under its name together, as ``pyro.module``.
 

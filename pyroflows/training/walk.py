@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -28,20 +29,19 @@ def walk(density: Density) -> Tensor:
     Neal, "MCMC using Hamiltonian dynamics", Handbook of Markov chain Monte Carlo, 2011.
     """
     points, _ = density.draw_guide(max(CHAINS, 2 * min(density.guide.latent_dim, DENSE)))
-    factor = _factor(points)
+    stretch, pull = _metric(points)
     points = points[:CHAINS]
     log_p, scores = density(points)
     for _ in range(TRANSITIONS):
         low, high = map(math.log, STEPS)
         size = (low + (high - low) * torch.rand(len(points), 1, dtype=points.dtype)).exp()
         momentum = torch.randn_like(points)
-        there, g = points, scores
-        p = momentum
+        there, g, p = points, scores, momentum
         for _ in range(LEAPFROGS):
-            p = p + size / 2 * (g @ factor)
-            there = there + size * (p @ factor.mT)
+            p = p + size / 2 * pull(g)
+            there = there + size * stretch(p)
             new_log_p, g = density(there)
-            p = p + size / 2 * (g @ factor)
+            p = p + size / 2 * pull(g)
         gain = new_log_p - log_p - (p.square() - momentum.square()).sum(-1) / 2
         moved = (torch.rand_like(gain).log() < gain) & there.isfinite().all(-1)
         points = torch.where(moved.unsqueeze(-1), there, points)
@@ -50,10 +50,15 @@ def walk(density: Density) -> Tensor:
     return points
 
 
-def _factor(draws: Tensor) -> Tensor:
-    """Of the draws' covariance, or of its diagonal where there are many latents."""
+def _metric(draws: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """The products with a factor of the draws' covariance and with its transpose.
+
+    Of many latents the deviations alone.
+    """
     if draws.shape[-1] > DENSE:
-        return draws.std(0).diag()
+        deviation = draws.std(0)
+        return deviation.mul, deviation.mul
     covariance = draws.mT.cov().reshape(2 * draws.shape[-1:])
     least = torch.finfo(draws.dtype).eps ** 0.5 * covariance.diagonal().diag()
-    return torch.linalg.cholesky(covariance + least)
+    factor = torch.linalg.cholesky(covariance + least)
+    return lambda p: p @ factor.mT, lambda g: g @ factor
