@@ -14,6 +14,7 @@ from torch.distributions import MultivariateNormal
 
 import pyroflows as pf
 from pyroflows.diagnostics.psis import MISSED
+from pyroflows.guides.default import DENSE
 from pyroflows.numerics import ascend, batch_and_match
 from pyroflows.training.density import Density
 from pyroflows.training.gaussians import (
@@ -23,6 +24,7 @@ from pyroflows.training.gaussians import (
     separated,
 )
 from pyroflows.training.start import find_start, missed_mass
+from pyroflows.training.walk import walk
 from tests.models import gaussian, gaussian_data, gaussian_posterior
 
 
@@ -236,3 +238,26 @@ def test_necks_of_funnels_are_no_modes_and_valleys_are() -> None:
     far[:, 0] = torch.tensor([3.0, -4.0])
     assert two(far, funnel) == [True, False]
     assert two(torch.tensor([[10.0, 0.0], [-10.0, 0.0]]).double(), two_modes(0.5)) == [True, True]
+
+
+@pytest.mark.parametrize("size", [3, DENSE + 1])
+def test_ends_of_walks_from_the_posterior_are_the_posterior(size: int) -> None:
+    """With a dense covariance, and with deviations alone."""
+    scale = torch.linspace(0.1, 10.0, size)
+    guide = pf.AutoFlow(
+        lambda: pyro.sample("z", dist.Normal(torch.ones(size), scale).to_event(1)),
+        lambda features: pf.Flow([], features),
+        example_args=(),
+        name=f"walk_{size}",
+    )
+    guide.flow.transform.standardization.set_(torch.ones(size), scale)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        density = Density(guide, (), {})
+        ends = walk(density)
+        starts = density.draw_guide(len(ends))[0]
+    z = (ends - 1) / scale
+    # Of so many chains, within five standard errors in every coordinate.
+    assert (z.mean(0).abs() < 5 / len(ends) ** 0.5).all()
+    assert (z.var(0) - 1).abs().max() < 5 * (2 / len(ends)) ** 0.5
+    assert not torch.allclose(ends, starts)
