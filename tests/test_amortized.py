@@ -125,7 +125,7 @@ def test_ten_thousand_groups_agree_with_the_conjugate_posterior() -> None:
     assert error.square().mean().sqrt() < 0.05
     assert error.quantile(0.99) < 0.1
     assert (draws["z"].std(0) / deviation - 1).abs().max() < 0.1
-    assert draws["mean"].mean() == pytest.approx(y.mean(), abs=0.02)
+    assert draws["mean"].mean().item() == pytest.approx(y.mean().item(), abs=0.02)
 
 
 def nested_model(y: Tensor, batch: int | None = None) -> None:
