@@ -129,6 +129,21 @@ def test_without_validation_all_rows_train_and_nothing_stops() -> None:
     assert result.history.checks[0] == (1, pytest.approx(result.history.losses[0]))
 
 
+def test_the_start_and_the_first_steps_are_checked() -> None:
+    x = torch.randn(100, 2)
+    result = fit(small(), x, steps=500, patience=None)
+    steps = [step for step, _ in result.history.checks]
+    assert steps == [0, 1, 2, 4, 8, *range(10, 501, 10)]
+
+
+def test_a_fit_that_only_does_harm_leaves_the_start() -> None:
+    x, held_out = torch.randn(12, 10), torch.randn(500, 10)
+    flow = pf.NSF(10)
+    result = fit(flow, x, validation=held_out, steps=100, lr=0.5, standardize=False)
+    assert result.history.best[0] == 0
+    assert torch.equal(flow().log_prob(held_out), pf.NSF(10)().log_prob(held_out))
+
+
 def test_it_stops_early_and_says_why() -> None:
     x = torch.randn(30, 2)
     flow = pf.NSF(2, transforms=2)

@@ -40,7 +40,8 @@ class Loop:
     check
         Validation loss; where None, the mean loss since the last check stands for it.
     check_every
-        Steps between checks.
+        Steps between checks. With a ``check`` the start counts too, and the first steps are checked
+        after 1, 2, 4, ...: few rows are learned by heart within a few steps.
     patience
         Checks without improvement after which to stop; None for never.
     progress
@@ -104,6 +105,8 @@ class Loop:
         if self.resume is not None:
             first, skipped, stale = self._load(self.resume, optimizer, schedule)
             bar.update(first)
+        elif self.check is not None:
+            self._check(0)
         for step in range(first + 1, self.steps + 1):
             if self._step(optimizer):
                 schedule.step()
@@ -117,7 +120,9 @@ class Loop:
                     "standardise the data, or use float64."
                 )
             bar.update()
-            if step % self.check_every == 0 or step == self.steps:
+            if self._is_early(step):
+                self._check(step)
+            elif step % self.check_every == 0 or step == self.steps:
                 improved = self._check(step)
                 stale = 0 if improved else stale + 1
                 now, best = self.history.checks[-1][1], self.history.best[1]
@@ -139,6 +144,10 @@ class Loop:
             return False
         optimizer.step()
         return True
+
+    def _is_early(self, step: int) -> bool:
+        """Whether a step before the first regular check is a power of two, and checked too."""
+        return self.check is not None and step < self.check_every and step.bit_count() == 1
 
     def _check(self, step: int) -> bool:
         """Record a check and keep the state if it is the best so far."""
