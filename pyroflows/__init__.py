@@ -44,6 +44,7 @@ from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.io import load, save
 from pyroflows.mcmc import run_mcmc
 from pyroflows.training import (
+    RowFile,
     fit_flow_matching,
     fit_mle,
     fit_npe,
@@ -78,6 +79,7 @@ __all__ = [
     "Radial",
     "RealNVP",
     "ResidualFlow",
+    "RowFile",
     "Sylvester",
     "TransformerAR",
     "c2st",

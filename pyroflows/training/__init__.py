@@ -1,6 +1,7 @@
 """Fitting: one loop behind maximum likelihood and variational inference."""
 
 from pyroflows.training.amortized import AmortizedELBO
+from pyroflows.training.files import RowFile
 from pyroflows.training.flow_matching import FlowMatchingLoss, fit_flow_matching
 from pyroflows.training.losses import NegativeELBO, NegativeLogLikelihood
 from pyroflows.training.mle import fit_mle
@@ -19,6 +20,7 @@ __all__ = [
     "NegativeELBO",
     "NegativeLogLikelihood",
     "NegativeLogPosterior",
+    "RowFile",
     "SVIFit",
     "Selection",
     "fit_flow_matching",

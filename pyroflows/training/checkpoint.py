@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from pyroflows.training.processes import agreed, world
+
 
 class Checkpoint:
     """Nested dictionaries of tensors and numbers in one file, without pickled classes.
@@ -24,7 +26,10 @@ class Checkpoint:
         self.problem = repr(problem)
 
     def load(self) -> dict[str, Any] | None:
-        """The state that was written last, or None."""
+        """The state that was written last, or None; the first process reads it for all."""
+        return agreed(None if world()[0] else self._read())
+
+    def _read(self) -> dict[str, Any] | None:
         if not os.path.exists(self.path):
             return None
         try:
@@ -44,7 +49,9 @@ class Checkpoint:
         return state
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a state over the one before."""
+        """Write a state over the one before; only the first process does."""
+        if world()[0]:
+            return
         temporary = f"{self.path}.tmp"
         torch.save({"problem": self.problem, "state": state}, temporary)
         os.replace(temporary, self.path)

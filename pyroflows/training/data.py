@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from pyroflows.errors import DataError, check_event
 from pyroflows.flows.supports import check_support, rows_at_ends
+from pyroflows.training.processes import gathered, world
 
 #: Fewer rows than this cannot be split into training and validation.
 MIN_ROWS = 10
@@ -78,15 +79,74 @@ def warn_about_columns(x: Tensor, support: Any) -> None:
         )
 
 
-def minibatches(rows: Rows, batch_size: int, generator: torch.Generator) -> Iterator[Rows]:
-    """Shuffled minibatches without end; a ragged last batch is kept where there is no other."""
+class Epochs:
+    """Batches of epoch after epoch without end, which can go on from where they were.
+
+    Parameters
+    ----------
+    epoch
+        The batches of one epoch, shuffled by the generator.
+    generator
+        Random numbers that belong to these batches alone.
+    """
+
+    def __init__(
+        self,
+        epoch: Callable[[torch.Generator], Iterable[tuple[Any, ...]]],
+        generator: torch.Generator,
+    ) -> None:
+        self.epoch, self.generator = epoch, generator
+        self._begin()
+
+    def _begin(self) -> None:
+        self._start, self._given = self.generator.get_state(), 0
+        self._batches = iter(self.epoch(self.generator))
+
+    def __iter__(self) -> Epochs:
+        return self
+
+    def __next__(self) -> tuple[Any, ...]:
+        batch = next(self._batches, None)
+        if batch is None:
+            self._begin()
+            batch = next(self._batches)
+        self._given += 1
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Where the batches are."""
+        return {"generator": self._start, "given": self._given}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from there; the batches of the epoch so far are made again."""
+        self.generator.set_state(state["generator"])
+        self._begin()
+        for _ in range(state["given"]):
+            next(self)
+
+
+def minibatches(
+    rows: tuple[Tensor | None, ...], batch_size: int, generator: torch.Generator
+) -> Epochs:
+    """Shuffled minibatches without end; a ragged last batch is kept where there is no other.
+
+    Several processes with the same generator share out each batch.
+    """
     x = cast("Tensor", rows[0])
     size = min(batch_size, len(x))
-    while True:
+    rank, count = world()
+    if size < count:
+        raise ValueError(
+            f"batch_size: expected at least a row for each of {count} processes, got {size}"
+        )
+
+    def epoch(generator: torch.Generator) -> Iterator[tuple[Tensor | None, ...]]:
         order = torch.randperm(len(x), generator=generator).to(x.device)
         for index in order.split(size):
             if len(index) == size:
-                yield take(rows, index)
+                yield take(rows, index[rank::count])
+
+    return Epochs(epoch, generator)
 
 
 class LoaderRows:
@@ -140,23 +200,42 @@ def take(rows: Rows, index: Tensor) -> Rows:
 
 
 def location_and_scale(batches: Iterable[Batch], which: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over batches; 1 for a column that does not vary."""
-    count = 0
-    mean = total = torch.zeros(())
-    for batch in batches:
-        rows = batch[which]
-        if rows is None:
-            raise DataError("the DataLoader gave no context, but the flow has one")
-        # Chan's update: exact for any split, without squares of large means.
-        n, batch_mean = len(rows), rows.mean(0)
-        shift = batch_mean - mean.to(rows)
-        share = n / (count + n)
-        total = total.to(rows) + ((rows - batch_mean) ** 2).sum(0) + shift**2 * (count * share)
-        mean = mean.to(rows) + shift * share
-        count += n
-    if not count:
-        raise DataError("the DataLoader gave no rows")
+    """Mean and standard deviation over batches; 1 for a column that does not vary.
+
+    Of several processes, over the batches of all.
+    """
+    count, mean, total = _merged(_moments(batch[which]) for batch in batches)
+    if world()[1] > 1:
+        parts = gathered((count, mean.cpu(), total.cpu()))
+        count, mean, total = _merged((n, m.to(mean), t.to(mean)) for n, m, t in parts)
     scale = (total / count).sqrt()
     # Rounding leaves a constant column a deviation of about one unit in the last place.
     constant = scale <= 10 * torch.finfo(scale.dtype).eps * mean.abs()
     return mean, torch.where(constant, torch.ones_like(scale), scale)
+
+
+#: Number of rows, their mean, and the sum of squares around it.
+Moments = tuple[int, Tensor, Tensor]
+
+
+def _moments(rows: Tensor | None) -> Moments:
+    if rows is None:
+        raise DataError("the DataLoader gave no context, but the flow has one")
+    mean = rows.mean(0)
+    return len(rows), mean, ((rows - mean) ** 2).sum(0)
+
+
+def _merged(parts: Iterable[Moments]) -> Moments:
+    """Chan's update: exact for any split, without squares of large means."""
+    count, mean, total = 0, torch.zeros(()), torch.zeros(())
+    for n, its_mean, its_total in parts:
+        if not n:
+            continue
+        shift = its_mean - mean.to(its_mean)
+        share = n / (count + n)
+        total = total.to(its_mean) + its_total + shift**2 * (count * share)
+        mean = mean.to(its_mean) + shift * share
+        count += n
+    if not count:
+        raise DataError("the DataLoader gave no rows")
+    return count, mean, total

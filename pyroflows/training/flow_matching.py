@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyroflows.flows import Flow
 from pyroflows.layers import ContinuousLayer
+from pyroflows.training.devices import Device
 from pyroflows.training.result import FlowMatchingFit
 from pyroflows.training.rows import fit_rows
 
@@ -118,7 +119,8 @@ def fit_flow_matching(
     clip_norm: float = 5.0,
     patience: int | None = None,
     standardize: bool = True,
-    device: torch.device | str | None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
     progress: bool | None = None,
     seed: int | None = None,
 ) -> FlowMatchingFit:
@@ -145,7 +147,7 @@ def fit_flow_matching(
     patience
         By default none: the loss says little about small gains, and the end of the schedule, where
         the learning rate falls to zero, brings many of them.
-    steps, batch_size, lr, clip_norm, standardize, device, progress, seed
+    steps, batch_size, lr, clip_norm, standardize, device, dtype, progress, seed
         As in `pyroflows.fit_mle`; steps are cheap here, and the loss takes a large learning rate.
 
     Returns
@@ -187,6 +189,7 @@ def fit_flow_matching(
         patience=patience,
         standardize=standardize,
         device=device,
+        dtype=dtype,
         progress=progress,
         seed=seed,
         check_loss=FlowMatchingLoss(flow, coupling, CHECK_DRAWS),

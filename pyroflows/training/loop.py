@@ -13,15 +13,22 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyroflows.errors import FitError
+from pyroflows.training import processes
+from pyroflows.training.data import Epochs
 from pyroflows.training.result import History
 
 #: Consecutive steps without a finite gradient after which a fit gives up.
 MAX_SKIPPED = 20
+#: Losses stay on their device for so many steps: reading each would make a GPU wait.
+READ_EVERY = 20
 
 
 @dataclass
 class Loop:
     """Adam with a cosine schedule and clipped gradients; the best state is restored.
+
+    Where several processes run the same loop, each on its own batches, every step takes the mean of
+    their gradients, the first shows the bar and saves, and all end in the same state.
 
     Attributes
     ----------
@@ -51,6 +58,8 @@ class Loop:
     save, resume
         Called with the state of the loop at every check, and such a state to go on from: nested
         dictionaries of tensors and numbers.
+    weigh
+        Number of rows of a batch: its weight among those of the other processes.
     """
 
     loss: Callable[..., Tensor]
@@ -68,6 +77,7 @@ class Loop:
     history: History = field(default_factory=History)
     save: Callable[[dict[str, Any]], None] | None = None
     resume: dict[str, Any] | None = None
+    weigh: Callable[..., float] = lambda *batch: 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -86,11 +96,22 @@ class Loop:
         """Train; the reason of the end, and the seconds it took."""
         start = time.perf_counter()
         self._best: tuple[float, list[Tensor]] | None = None
-        disable = None if self.progress is None else not self.progress
+        self._unread: list[Tensor] = []
+        self._skipped = 0
+        rank, count = processes.world()
+        processes.broadcast_({f"parameter {i}": p for i, p in enumerate(self.parameters)})
+        disable = True if rank else None if self.progress is None else not self.progress
+        title = self.title if count == 1 else f"{self.title}, {count} processes"
         try:
-            with tqdm(total=self.steps, desc=self.title, unit="step", disable=disable) as bar:
+            with (
+                processes.own_noise(),
+                tqdm(total=self.steps, desc=title, unit="step", disable=disable) as bar,
+            ):
                 reason = self._train(bar)
         except KeyboardInterrupt:
+            if count > 1:  # each may have come to another step
+                raise
+            self._read()
             reason = "it was interrupted"
         finally:
             self._restore()
@@ -101,49 +122,69 @@ class Loop:
         fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
         optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=fused)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        first = skipped = stale = 0
+        first = stale = 0
         if self.resume is not None:
-            first, skipped, stale = self._load(self.resume, optimizer, schedule)
+            first, self._skipped, stale = self._load(self.resume, optimizer, schedule)
             bar.update(first)
         elif self.check is not None:
             self._check(0)
         for step in range(first + 1, self.steps + 1):
-            if self._step(optimizer):
-                schedule.step()
-                skipped = 0
-            else:
-                skipped += 1
-            if skipped >= MAX_SKIPPED:
-                raise FitError(
-                    f"step {step}: the gradient has not been finite for {skipped} steps (loss "
-                    f"{self.history.losses[-1]:.4g}). The best state so far is restored. Lower lr, "
-                    "standardise the data, or use float64."
-                )
+            if self._is_stale(stale):
+                break
+            self._step(optimizer, fused)
+            schedule.step()
             bar.update()
-            if self._is_early(step):
+            early = self._is_early(step)
+            regular = not early and (step % self.check_every == 0 or step == self.steps)
+            if early or regular or len(self._unread) == READ_EVERY:
+                self._read()
+            if early:
                 self._check(step)
-            elif step % self.check_every == 0 or step == self.steps:
+            if regular:
                 improved = self._check(step)
                 stale = 0 if improved else stale + 1
                 now, best = self.history.checks[-1][1], self.history.best[1]
                 bar.set_postfix({self.unit: f"{now:.3f}", "best": f"{best:.3f}"})
                 if self.save is not None:
-                    self.save(self._state(optimizer, schedule, step, skipped, stale))
-                if self.patience is not None and stale >= self.patience:
-                    return f"the loss has not improved for {stale} checks"
+                    self.save(self._state(optimizer, schedule, step, self._skipped, stale))
+        if self._is_stale(stale):
+            return f"the loss has not improved for {stale} checks"
         return "all steps were done"
 
-    def _step(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _is_stale(self, stale: int) -> bool:
+        return self.patience is not None and stale >= self.patience
+
+    def _step(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+        """One step; nothing is read from the device."""
         optimizer.zero_grad()
-        loss = self.loss(*next(self.batches))
+        batch = next(self.batches)
+        loss = self.loss(*batch)
         loss.backward()
+        weight = self.weigh(*batch)
+        loss = processes.average_gradients_(self.parameters, loss.detach(), weight)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.history.losses.append(loss.item())
-        if not norm.isfinite():
-            self.history.skipped += 1
-            return False
-        optimizer.step()
-        return True
+        bad = ~norm.isfinite()
+        self._unread.append(torch.stack([loss, bad.to(loss)]))
+        if fused:
+            # What a gradient scaler sets, too: the update leaves everything as it is.
+            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not bad:
+            optimizer.step()
+
+    def _read(self) -> None:
+        """Take the losses since the last reading; raise where the gradients stay infinite."""
+        unread, self._unread = self._unread, []
+        for loss, bad in torch.stack(unread).tolist() if unread else []:
+            self.history.losses.append(loss)
+            self.history.skipped += bool(bad)
+            self._skipped = self._skipped + 1 if bad else 0
+            if self._skipped >= MAX_SKIPPED:
+                raise FitError(
+                    f"step {len(self.history.losses)}: the gradient has not been finite for "
+                    f"{self._skipped} steps (loss {loss:.4g}). The best state so far is restored. "
+                    "Lower lr, standardise the data, or use float64."
+                )
 
     def _is_early(self, step: int) -> bool:
         """Whether a step before the first regular check is a power of two, and checked too."""
@@ -172,6 +213,7 @@ class Loop:
             "schedule": schedule.state_dict(),
             "history": asdict(self.history),
             "random": torch.get_rng_state(),
+            "batches": self.batches.state() if isinstance(self.batches, Epochs) else None,
         }
 
     @torch.no_grad()
@@ -183,7 +225,10 @@ class Loop:
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         self.history.restore(state["history"])
-        torch.set_rng_state(state["random"])
+        if processes.world()[0] == 0:  # the others keep noise of their own
+            torch.set_rng_state(state["random"])
+        if isinstance(self.batches, Epochs):
+            self.batches.restore(state["batches"])
         step, skipped, stale = state["counts"]
         return step, skipped, stale
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from pyroflows.flows import Flow
+from pyroflows.training.devices import Device
 from pyroflows.training.losses import NegativeLogLikelihood
 from pyroflows.training.result import MLEFit
 from pyroflows.training.rows import fit_rows
@@ -24,7 +26,9 @@ def fit_mle(
     clip_norm: float = 5.0,
     patience: int | None = 10,
     standardize: bool = True,
-    device: torch.device | str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    device: Device = None,
+    dtype: torch.dtype | None = None,
     progress: bool | None = None,
     seed: int | None = None,
 ) -> MLEFit:
@@ -36,12 +40,18 @@ def fit_mle(
     rows are scored, and the best state is restored at the end. Interrupted by Ctrl-C it
     returns what it has. One step costs one inverse pass and its gradient.
 
+    Called by every process of a `torch.distributed` group, it fits one flow in all of them: each
+    takes its part of every batch, and the gradients are averaged, so that the same seed gives the
+    same losses as one process.
+
     Parameters
     ----------
     flow
         Any flow; fitted in place.
     x
-        Rows ``(N, *event)``: a tensor, an array, or a ``DataLoader`` of ``x`` or ``(x, context)``.
+        Rows ``(N, *event)``: a tensor, an array, a ``DataLoader`` of ``x`` or ``(x, context)``
+        (in each of several processes of its own rows), or the path of a ``.npy`` or Parquet file,
+        which need not fit into memory; see `pyroflows.RowFile` for its columns.
     context
         Contexts ``(N, context)`` of a conditional flow.
     validation
@@ -56,8 +66,12 @@ def fit_mle(
         Whether to set the flow's location and scale buffers from the training rows, unless they are
         set already, or the base lives on a box, as that of angles. Densities stay those of the
         user's units.
-    device
-        Where to move the flow and the batches; by default where the flow is.
+    checkpoint
+        File that keeps the state of the fit; where it exists, the fit goes on from there, on the
+        CPU to the same result as without interruption (of a DataLoader, from a new epoch).
+    device, dtype
+        Where to move the flow and the batches, and to which floating dtype; by default as the flow
+        is. ``"auto"`` is a GPU where there is one.
     progress
         Whether to show a bar with the loss in nats; None for only in interactive use.
     seed
@@ -74,6 +88,8 @@ def fit_mle(
         For data that are not finite or too few, or of another shape.
     FitError
         If gradients stay infinite; the best state is restored.
+    ValueError
+        For a checkpoint of another fit, or processes that are to fit different flows.
 
     Examples
     --------
@@ -95,7 +111,9 @@ def fit_mle(
         clip_norm=clip_norm,
         patience=patience,
         standardize=standardize,
+        checkpoint=checkpoint,
         device=device,
+        dtype=dtype,
         progress=progress,
         seed=seed,
         title=f"{type(flow).__name__} by maximum likelihood",

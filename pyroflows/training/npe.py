@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +13,9 @@ from pyroflows.diagnostics import Simulations, simulate
 from pyroflows.diagnostics.simulation import Values, only
 from pyroflows.errors import DataError, FitError
 from pyroflows.guides import AmortizedPosterior, AutoAmortizedFlow
-from pyroflows.numerics import forked_rng
 from pyroflows.training.data import MIN_ROWS, location_and_scale, minibatches, take
 from pyroflows.training.loop import Loop
+from pyroflows.training.processes import broadcast_, seeded
 from pyroflows.training.result import Fit, SVIFit
 from pyroflows.training.rows import checker
 from pyroflows.training.svi import fit_svi
@@ -186,7 +185,7 @@ def fit_npe(
     how: dict[str, Any] = {"model_kwargs": kwargs, "max_failed": max_failed}
     how.update(vectorized=vectorized, workers=workers)
     accepted: list[float] = []
-    with forked_rng(seed) if seed is not None else nullcontext():
+    with seeded(seed):
         reading = guide.read(*args, **kwargs)
         encoder = guide.data_encoder()
         sites = [*guide.latent_sites, *encoder.sites]
@@ -216,7 +215,9 @@ def fit_npe(
                 patience=patience if validation else None,
                 progress=progress,
                 title=f"{guide.name} on simulations",
+                weigh=lambda u, *data: len(u),
             )
+            broadcast_(guide.state_dict())
             reason, seconds = loop.run()
     return NPEFit(loop.history, reason, seconds, simulations=done, accepted=accepted)
 

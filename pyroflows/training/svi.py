@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import repeat
@@ -19,13 +18,14 @@ from torch import Tensor
 
 from pyroflows.diagnostics.psis import MIN_DRAWS, PSIS, moments_moved, psis, smooth
 from pyroflows.guides import AutoAmortizedFlow, AutoFlow
-from pyroflows.numerics import forked_rng
 from pyroflows.training.amortized import fit_amortized
 from pyroflows.training.checkpoint import Checkpoint
 from pyroflows.training.density import Density
+from pyroflows.training.devices import Device, moved, place_
 from pyroflows.training.gaussians import Gaussians
 from pyroflows.training.loop import Loop
 from pyroflows.training.losses import Estimator, NegativeELBO
+from pyroflows.training.processes import agreed, broadcast_, gathered, own_share, seeded
 from pyroflows.training.result import History, SVIFit
 from pyroflows.training.start import find_start, missed_mass
 
@@ -51,7 +51,7 @@ def fit_svi(
     clip_norm: float = 100.0,
     psis_samples: int = 10_000,
     checkpoint: str | os.PathLike[str] | None = None,
-    device: torch.device | str | None = None,
+    device: Device = None,
     progress: bool | None = None,
     seed: int | None = None,
 ) -> SVIFit:
@@ -67,6 +67,10 @@ def fit_svi(
     draws of a step evaluated at once. Last the report, for which the other starts are looked at
     again: mass that they see and the guide does not is named. Interrupted by Ctrl-C it returns what
     it has. Pyro's own ``SVI(model, guide, optim, Trace_ELBO()).step`` works on the same guide.
+
+    Called by every process of a `torch.distributed` group, it fits one guide in all of them, and
+    the draws of each step are shared out. The bounds of ``"iw"`` and ``"renyi"`` are then means of
+    those of each process's draws.
 
     A model with parameters of its own trains them along, with the whole budget. Where the model
     scores the same draw differently each time (minibatches), there is neither start nor early end.
@@ -109,7 +113,8 @@ def fit_svi(
         File that keeps the state of the fit; where it exists, the fit goes on from there, on the
         CPU to the same result as without interruption.
     device
-        Where to move the guide and the model's arguments; by default where they are.
+        Where to move the guide and the model's arguments; by default where they are. ``"auto"`` is
+        a GPU where there is one.
     progress
         Whether to show a bar with the loss in nats; None for only in interactive use.
     seed
@@ -157,18 +162,18 @@ def fit_svi(
     if not 0 < enough <= 1:
         raise ValueError(f"enough: expected a share above 0, up to 1, got {enough}")
     kwargs = dict(model_kwargs or {})
-    if device is not None:
-        guide.to(device)
-        args, kwargs = _moved(args, device), _moved(kwargs, device)
+    place = place_(guide, device)
+    if place is not None:
+        args, kwargs = moved(args, place), moved(kwargs, place)
     if isinstance(guide, AutoAmortizedFlow):
         if estimator != "stl" or checkpoint is not None:
             raise ValueError("an AutoAmortizedFlow has neither other estimators nor checkpoints")
-        with forked_rng(seed) if seed is not None else nullcontext():
+        with seeded(seed):
             return fit_amortized(
                 guide,
                 args,
                 kwargs,
-                draws=1 if draws is None else draws,
+                draws=1 if draws is None else own_share(draws, "draws"),
                 steps=2000 if steps is None else steps,
                 lr=0.003 if lr is None else lr,
                 clip_norm=clip_norm,
@@ -176,13 +181,14 @@ def fit_svi(
             )
     draws = 256 if draws is None else draws
     rounds = _rounds(budget) if steps is None else [steps]
-    with forked_rng(seed) if seed is not None or checkpoint is not None else nullcontext():
+    with seeded(seed, alone=checkpoint is not None):
         guide.register(*args, **kwargs)
+        broadcast_(guide.state_dict())
         fit = _SVI(
             guide,
             args,
             kwargs,
-            loss=NegativeELBO(guide, draws, estimator),
+            loss=NegativeELBO(guide, own_share(draws, "draws"), estimator),
             rounds=rounds,
             enough=enough if steps is None else None,
             lr=0.01 if lr is None else lr,
@@ -196,7 +202,7 @@ def fit_svi(
             fit.reason,
             fit.seconds,
             psis=fit.report(psis_samples) if psis_samples else None,
-            dropped=fit.loss.dropped,
+            dropped=sum(gathered(fit.loss.dropped)),
         )
 
 
@@ -253,6 +259,7 @@ class _SVI:
             progress=self.progress,
             title=self.guide.name,
             unit="-ELBO",
+            weigh=lambda *batch: self.loss.draws,
         )
 
     def run(self, starts: int) -> None:
@@ -265,7 +272,8 @@ class _SVI:
         first = state["round"] if state else 0
         for number in range(first, len(self.loops)):
             resume = state["loop"] if state and number == first else None
-            share, done = self._look() if self.adaptive and resume is None else (0.0, False)
+            look = self.adaptive and resume is None
+            share, done = agreed(self._look() if look else (0.0, False))
             if done:
                 self.reason = (
                     f"{share:.0%} of the draws are effective" if number else "a Gaussian was enough"
@@ -282,6 +290,7 @@ class _SVI:
 
     def _train(self, number: int, share: float, resume: dict[str, Any] | None) -> bool:
         """One round; whether to go on."""
+        broadcast_(self.guide.state_dict())
         loop = self.loops[number]
         loop.resume = resume
         if self.checkpoint is not None:
@@ -353,14 +362,3 @@ def _parameters(loss: NegativeELBO, args: Any, kwargs: Any) -> tuple[list[Tensor
         if parameter.requires_grad and all(parameter is not known for known in found):
             found.append(parameter)
     return found, len(found) == own
-
-
-def _moved(value: Any, device: torch.device | str) -> Any:
-    """Tensors in nested containers on a device; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, (list, tuple)):
-        return type(value)(_moved(item, device) for item in value)
-    if isinstance(value, dict):
-        return {key: _moved(item, device) for key, item in value.items()}
-    return value
