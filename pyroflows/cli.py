@@ -111,7 +111,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
     import pyroflows as pf
 
-    with _group():
+    with process_group():
         try:
             rows = pf.RowFile(
                 arguments.data,
@@ -147,12 +147,13 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _group() -> Iterator[None]:
-    """The process group that torchrun has started this process for, if it has."""
+def process_group() -> Iterator[None]:
+    """The process group that torchrun has started this process for, if it has, and none is up."""
     import torch
     from torch import distributed
 
-    if not distributed.is_available() or not distributed.is_torchelastic_launched():
+    launched = distributed.is_available() and distributed.is_torchelastic_launched()
+    if not launched or distributed.is_initialized():
         yield
         return
     if torch.cuda.is_available():

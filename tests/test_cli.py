@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import runpy
 from pathlib import Path
 
 import arviz
 import matplotlib
+import numpy as np
 import pytest
+import torch
 
 import pyroflows
 from pyroflows import cli, demo
@@ -18,6 +21,60 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["--version"])
     assert stop.value.code == 0
     assert capsys.readouterr().out == f"pyroflows {pyroflows.__version__}\n"
+
+
+def test_the_package_can_be_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `python -m pyroflows` and `torchrun -m pyroflows` do."""
+    monkeypatch.setattr("sys.argv", ["pyroflows", "--version"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module("pyroflows", run_name="__main__")
+    assert stop.value.code == 0
+    assert "pyroflows" in capsys.readouterr().out
+
+
+def test_fit_saves_a_conditional_flow_of_named_columns(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data, out = tmp_path / "x.npy", tmp_path / "flow.safetensors"
+    np.save(data, np.random.default_rng(0).normal(size=(200, 4)))
+    options = ["--columns", "0,3", "--context", "1", "--flow", "maf", "--set", "transforms=1"]
+    options += ["--set", "hidden_features=[8]", "--steps", "5", "--dtype", "float64"]
+    assert cli.main(["fit", str(data), "--out", str(out), "--device", "cpu", *options]) == 0
+    assert f"saved to {out}" in capsys.readouterr().out
+    flow = pyroflows.load(out)
+    assert (flow.event_shape, flow.context_size, flow.dtype) == ((2,), 1, torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.csv"], "expected .npy files or .parquet files, got x.csv"),
+        (["missing.npy"], "missing.npy"),
+        (["x.npy", "--columns", "0,9"], "has no column 9. It has 0, 1"),
+        (["x.npy", "--flow", "NFS"], "expected the name of a flow, got 'NFS'. Did you mean"),
+        (["x.npy", "--set", "bend=2"], "bend"),
+        (["x.npy", "--device", "abacus"], "expected 'auto', 'cpu', 'cuda', 'mps'"),
+    ],
+)
+def test_fit_says_what_it_cannot_do(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("x.npy", np.zeros((20, 2)))
+    assert cli.main(["fit", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_the_recipe_have_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["fit", "x.npy", "--set", "bins"])
+    assert "expected NAME=VALUE, got 'bins'" in capsys.readouterr().err
 
 
 def test_without_a_command_it_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 import pyroflows as pf
+from pyroflows import cli
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -73,20 +74,20 @@ def different(folder: Path) -> str:
     return _refused(lambda: pf.fit_mle(flow, table(), steps=2, progress=False))
 
 
-def everything(folder: Path) -> dict[str, Any]:
-    def resumed() -> list[float]:
-        """Ended after half of the checks, and begun again."""
-        path = folder / "half.pt"
-        density(folder, checkpoint=path)
-        return density(folder, checkpoint=path)
+def resumed(folder: Path) -> list[float]:
+    """Ended, and begun again from the last check."""
+    density(folder, checkpoint=folder / "fit.pt")
+    return density(folder, checkpoint=folder / "fit.pt")
 
+
+def everything(folder: Path) -> dict[str, Any]:
     return {
         "density": density(folder),
         "guide": guide(folder),
         "simulator": simulator(folder),
         "file": file(folder),
         "different": different(folder),
-        "resumed": resumed(),
+        "resumed": resumed(folder),
         "too small": _refused(lambda: density(folder, batch_size=1)),
     }
 
@@ -99,12 +100,17 @@ def _refused(run: Any) -> str:
     return ""
 
 
+def command_line(folder: Path) -> None:
+    options = ["--flow", "RealNVP", "--set", "transforms=2", "--steps", "20", "--seed", "0"]
+    out = str(folder / "flow.safetensors")
+    assert cli.main(["fit", str(folder / "x.npy"), "--out", out, "--device", "cpu", *options]) == 0
+
+
 def main(folder: Path) -> None:
-    distributed.init_process_group("gloo")
-    torch.set_num_threads(1)
-    result = everything(folder)
-    (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(result))
-    distributed.destroy_process_group()
+    with cli.process_group():
+        command_line(folder)
+        result = everything(folder)
+        (folder / f"{distributed.get_rank()}.json").write_text(json.dumps(result))
 
 
 def prepare(folder: Path) -> None:
