@@ -110,6 +110,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     import torch
 
     import pyroflows as pf
+    from pyroflows.errors import FitError
 
     with process_group():
         try:
@@ -137,7 +138,7 @@ def _fit(arguments: argparse.Namespace) -> int:
                 checkpoint=arguments.checkpoint,
                 seed=arguments.seed,
             )
-        except (ImportError, OSError, TypeError, ValueError) as error:
+        except (ImportError, OSError, TypeError, ValueError, FitError) as error:
             print(f"pyroflows fit: {error}", file=sys.stderr)
             return 1
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
