@@ -38,7 +38,8 @@ def as_rows(name: str, value: Any, event_shape: Sequence[int], dtype: torch.dtyp
         if array.dtype.kind not in "biuf":
             raise DataError(f"{name}: expected numbers, got an array of dtype {array.dtype}")
         # A copy: the array may be read-only, of the other byte order, or of more precision.
-        value = torch.from_numpy(np.array(array, dtype=np.float64))
+        kind = array.dtype if array.dtype in (np.float32, np.float64) else np.float64
+        value = torch.from_numpy(np.array(array, dtype=kind))
     elif value.is_complex():
         raise DataError(f"{name}: expected real numbers, got a tensor of {value.dtype}")
     check_event(name, value, event_shape)

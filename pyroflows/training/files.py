@@ -18,7 +18,7 @@ from pyroflows.training.data import Batch, Epochs, rows_of, take
 from pyroflows.training.processes import gathered, own_share, world
 
 #: Shares of the memory: rows in training, held-out rows; and rows being read, a block at a time.
-TRAINED, HELD, READ = 0.7, 0.1, 1 / 32
+TRAINED, HELD, READ = 0.6, 0.1, 1 / 32
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class _Parquet:
                 "x: Parquet files need pyarrow; run pip install 'pyroflows[parquet]'."
             ) from error
         self.path = path
-        self._file = parquet.ParquetFile(path, memory_map=False, pre_buffer=False)
+        self._file = parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**16)
         self.rows = self._file.metadata.num_rows
 
     def chosen(self, columns: Any, context: Any) -> tuple[list[str], list[str]]:
@@ -170,10 +170,13 @@ class _Parquet:
         for group in range(self._file.num_row_groups):
 
             def parts(group: int = group) -> Iterator[Any]:
+                import pyarrow
+
                 wanted = {"columns": [*names[0], *names[1]], "use_threads": False}
                 for table in self._file.iter_batches(rows, [group], **wanted):
                     x, c = (_array(table, which) for which in names)
                     yield x, c if names[1] else None
+                pyarrow.default_memory_pool().release_unused()
 
             yield Block(f"{self.path.name}, row group {group}: ", parts)
 
@@ -257,24 +260,22 @@ class FileRows:
         """The rows that are held out, of this process's blocks."""
         if not self.share:
             return None
-        rows = _joined(
-            [
-                take(rows, held.nonzero().squeeze(-1))
-                for number in self.own
-                for rows, held in self._parts(number)
-            ]
-        )
-        return rows if sum(gathered(len(rows[0]))) else None
+        expected = self.share * len(self.file)
+        # Made at once: what is kept between what is read would scatter over the memory.
+        pool = _Pool(self.flow, int(expected + 6 * expected**0.5) + 6)
+        for number in self.own:
+            for rows, held in self._parts(number):
+                pool.add(take(rows, held.nonzero().squeeze(-1)))
+        return pool.rows() if sum(gathered(pool.count)) else None
 
     def epochs(self, batch_size: int, generator: torch.Generator) -> Epochs:
         """Shuffled minibatches without end."""
         size = own_share(batch_size, "batch_size")
-        capacity = max(size, int(TRAINED * self.file.memory / self.row_bytes))
-        return Epochs(lambda generator: self._epoch(size, capacity, generator), generator)
+        pool = _Pool(self.flow, max(size, int(TRAINED * self.file.memory / self.row_bytes)))
+        return Epochs(lambda generator: self._epoch(pool, size, generator), generator)
 
-    def _epoch(self, size: int, capacity: int, generator: torch.Generator) -> Iterator[Batch]:
-        pool = _Pool(self.flow, capacity)
-        whole = False
+    def _epoch(self, pool: _Pool, size: int, generator: torch.Generator) -> Iterator[Batch]:
+        pool.count, whole = 0, False
         for place in torch.randperm(len(self.own), generator=generator).tolist():
             for rows, held in self._parts(self.own[place]):
                 left = take(rows, (~held).nonzero().squeeze(-1))
@@ -299,6 +300,11 @@ class _Pool:
     @property
     def is_full(self) -> bool:
         return self.count == len(self.x)
+
+    def rows(self) -> Batch:
+        """What is there."""
+        context = None if self.context is None else self.context[: self.count]
+        return self.x[: self.count], context
 
     def add(self, rows: Batch) -> Batch:
         """Take in what there is place for; the rest."""
