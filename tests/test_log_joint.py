@@ -177,6 +177,24 @@ def test_log_joint_is_nan_where_the_model_is_undefined() -> None:
     assert got.isnan().tolist() == [False, True, False]
 
 
+def test_one_matrix_without_a_factor_costs_few_evaluations() -> None:
+    calls: list[int] = []
+
+    def model() -> None:
+        calls.append(1)
+        _not_always_positive_definite()
+
+    guide = pf.AutoFlow(model, example_args=())
+    u = torch.linspace(-0.5, 0.5, 64).unsqueeze(-1)
+    expected = guide.log_joint(u)
+    calls.clear()
+    u[10] = 2.0
+    got = guide.log_joint(u)
+    assert got.isnan().nonzero().tolist() == [[10]]
+    torch.testing.assert_close(got[11:], expected[11:])
+    assert len(calls) < 2 * 7  # halved six times, not one by one
+
+
 def _not_always_positive_definite() -> None:
     z = pyro.sample("z", dist.Normal(0.0, 0.1))
     ones, off = torch.ones_like(z), z

@@ -64,6 +64,17 @@ def test_batch_and_match_solves_its_quadratic_equation() -> None:
     assert torch.allclose(after @ u @ after + after, v, rtol=1e-10)
 
 
+def test_batch_and_match_says_where_scores_overflow() -> None:
+    z, g = torch.randn(2, 50, 3).double(), torch.randn(2, 50, 3).double()
+    g[1] *= 1e300
+    loc, covariance = batch_and_match(
+        torch.zeros(2, 3).double(), torch.eye(3).double().expand(2, 3, 3), z, g, 2.0
+    )
+    assert loc[0].isfinite().all()
+    assert covariance[0].isfinite().all()
+    assert covariance[1].isnan().all()
+
+
 def test_batch_and_match_commutes_with_affine_maps() -> None:
     generator = torch.Generator().manual_seed(0)
     z, g = torch.randn(2, 9, 3, generator=generator).double()
@@ -254,7 +265,7 @@ def test_ends_of_walks_from_the_posterior_are_the_posterior(size: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         density = Density(guide, (), {})
-        ends = walk(density)
+        ends = walk(density, 256)
         starts = density.draw_guide(len(ends))[0]
     z = (ends - 1) / scale
     # Of so many chains, within five standard errors in every coordinate.

@@ -74,7 +74,8 @@ class LogJoint:
                 return strategies[strategy](values)
             except LinAlgError:
                 # One draw whose matrix has no factor fails them all: only that one is undefined.
-                return strategies["loop"](values)
+                halves = [{name: v.chunk(2)[i] for name, v in values.items()} for i in (0, 1)]
+                return torch.cat([self(half, args, kwargs) for half in halves])
 
     # --- one evaluation -----------------------------------------------------------------------
 

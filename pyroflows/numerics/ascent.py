@@ -55,8 +55,8 @@ class _InverseHessian:
 def ascend(function: ValueAndGradient, points: Tensor, steps: int) -> Iterator[Tensor]:
     """Points on the ways from several starts to maxima, by L-BFGS, one batch after the other.
 
-    Every row has its own inverse Hessian and its own halvings of the step; all rows are evaluated
-    together. Ends when no row rises by a thousandth any more.
+    Every row has its own inverse Hessian and its own halvings of the step; all rows that are still
+    going are evaluated together. A row ends where a step makes it rise by less than a thousandth.
 
     Parameters
     ----------
@@ -83,26 +83,27 @@ def ascend(function: ValueAndGradient, points: Tensor, steps: int) -> Iterator[T
     """
     inverse_hessian = _InverseHessian()
     values, gradients = function(points)
+    going = torch.arange(len(points))
     yield points
     for _ in range(steps):
         direction = inverse_hessian(gradients)
         slope = _dot(direction, gradients).squeeze(-1)
-        size = torch.ones_like(values)
+        there, new_values, new_gradients = points.clone(), values.clone(), gradients.clone()
+        rows, size = going, 1.0
         for _ in range(HALVINGS):
-            there = points + size.unsqueeze(-1) * direction
-            new_values, new_gradients = function(there)
-            rises = (new_values >= values + SUFFICIENT * size * slope) | new_values.isposinf()
-            rises &= new_values > -torch.inf
-            if rises.all():
+            tried = points[rows] + size * direction[rows]
+            found, slopes = function(tried)
+            enough = found >= values[rows] + SUFFICIENT * size * slope[rows]
+            rises = (enough | found.isposinf()) & (found > -torch.inf)
+            risen = rows[rises]
+            there[risen], new_values[risen] = tried[rises], found[rises]
+            new_gradients[risen] = slopes[rises]
+            rows, size = rows[~rises], size / 2
+            if not len(rows):
                 break
-            size = torch.where(rises, size, size / 2)
-        moved = rises & (new_values - values > LEAST_RISE)
-        if not moved.any():
+        going = going[(new_values - values)[going] > LEAST_RISE]
+        if not len(going):
             return
-        keep = moved.unsqueeze(-1)
-        there = torch.where(keep, there, points)
-        new_gradients = torch.where(keep, new_gradients, gradients)
         inverse_hessian.update(there - points, gradients - new_gradients)
-        points, gradients = there, new_gradients
-        values = torch.where(moved, new_values, values)
+        points, values, gradients = there, new_values, new_gradients
         yield points

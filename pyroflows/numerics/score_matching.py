@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,8 @@ def batch_and_match(
     Returns
     -------
     tuple of Tensor
-        Location and covariance of the Gaussian after.
+        Location and covariance of the Gaussian after; NaN where scores are so large that their
+        squares overflow.
 
     References
     ----------
@@ -62,11 +65,13 @@ def batch_and_match(
     precision = rate * _covariance(scores) + share * _square(pull)
     spread = covariance + rate * _covariance(draws) + share * _square(loc - mean)
     # With V = L L', the matrix (I + 4 U V)^(1/2) is similar to a symmetric one.
-    factor = torch.linalg.cholesky(spread)
-    values, vectors = torch.linalg.eigh(factor.mT @ precision @ factor)
+    factor, failed = torch.linalg.cholesky_ex(spread)
+    product = factor.mT @ precision @ factor
+    defined = (failed == 0) & product.isfinite().all(-1).all(-1)
+    values, vectors = torch.linalg.eigh(torch.where(defined[..., None, None], product, 0.0))
     shrunk = (2 / (1 + (1 + 4 * values.clamp_min(0)).sqrt())).sqrt()
     half = factor @ vectors * shrunk.unsqueeze(-2)
-    covariance = half @ half.mT
+    covariance = torch.where(defined[..., None, None], half @ half.mT, math.nan)
     step = (covariance @ pull.unsqueeze(-1)).squeeze(-1)
     return (1 - share) * loc + share * (step + mean), covariance
 

@@ -18,8 +18,9 @@ DRAWS, LOOK = 64, 640
 ASCENT, POINTS = 100, 6
 #: Deviation of the draws around a point whose curvature is still unknown.
 NEAR = 0.1
-#: Steps of matching, after twenty of which most posteriors are matched.
-MATCHING = 60
+#: Steps of matching at most; how many come before Gaussians that became one are merged, and over
+#: how many the mean lower bound must rise.
+MATCHING, MERGE, RISE = 60, 15, 10
 #: Standard deviation of the log weights below which a Gaussian is as good as exact, in nats.
 EXACT = 0.03
 #: Differences of estimated lower bounds below this say nothing, in nats.
@@ -97,7 +98,9 @@ class Gaussians:
         )
         before = self._blocks(self.loc.unsqueeze(1)).squeeze(-2)
         loc, covariance = batch_and_match(before, self.covariance, draws, scores, rate)
-        return Gaussians(loc.flatten(1), covariance, torch.full_like(self.elbo, -math.inf))
+        after = Gaussians(loc.flatten(1), covariance, torch.full_like(self.elbo, -math.inf))
+        defined = after.loc.isfinite().all(-1) & covariance.isfinite().flatten(1).all(-1)
+        return _where(defined, after, self)
 
     def spread(self, line: Tensor) -> Tensor:
         """Standard deviations ``(K,)`` along a unit vector."""
@@ -136,8 +139,9 @@ def find_gaussians(density: Density, points: Tensor, draws: int = DRAWS) -> Gaus
     best = nearby[0]
     for gaussians in nearby[1:]:
         best = _where(gaussians.elbo > best.elbo, gaussians, best)
-    modes = _match(density, _distinct(best, most=6 if points.shape[-1] <= 100 else 2), draws)
-    return _distinct(modes, most=len(modes.loc))
+    best = best[_distinct(best, most=6 if points.shape[-1] <= 100 else 2)]
+    modes = _match(density, best, draws)
+    return modes[_distinct(modes, most=len(modes.loc))]
 
 
 def _around(density: Density, points: Tensor, draws: int) -> Gaussians:
@@ -146,18 +150,17 @@ def _around(density: Density, points: Tensor, draws: int) -> Gaussians:
     z, _ = first.draw(draws // 2)
     log_p, scores = density(z)
     found = first.matched(z, scores, log_p.isfinite(), 1e6)
-    z, log_q = found.draw(draws // 2)
-    return Gaussians(found.loc, found.covariance, lower_bound(density(z)[0] - log_q))
+    return _looked_at(density, found, draws // 2)
 
 
-def _distinct(gaussians: Gaussians, most: int) -> Gaussians:
-    """The best of each mode, the best first."""
+def _distinct(gaussians: Gaussians, most: int) -> list[int]:
+    """Which are the best of each mode, the best first."""
     kept: list[int] = []
     for i in gaussians.elbo.argsort(descending=True).tolist():
         apart = all(_distance(gaussians, i, k) > SAME for k in kept)
         if gaussians.elbo[i].isfinite() and apart and len(kept) < most:
             kept.append(i)
-    return gaussians[kept or [0]]
+    return kept or [0]
 
 
 def _distance(gaussians: Gaussians, i: int, k: int) -> float:
@@ -172,29 +175,43 @@ def _distance(gaussians: Gaussians, i: int, k: int) -> float:
 
 def _match(density: Density, now: Gaussians, draws: int) -> Gaussians:
     """Match Gaussians to the density by its scores; the best that was seen of each."""
-    first = best = now
+    best = now
+    bounds: list[Tensor] = []
     for step in range(MATCHING):
         z, log_q = now.draw(draws)
         log_p, scores = density(z)
         gap = log_p - log_q
         now = Gaussians(now.loc, now.covariance, lower_bound(gap))
+        bounds.append(now.elbo)
         best = _where(now.elbo > best.elbo, now, best)
         usable = gap.isfinite()
         # Where draws fail, go back to the best and approach again, with smaller steps.
         now = _where(now.elbo.isfinite(), now, best)
-        if usable.all() and gap.std(-1).max() < EXACT:
+        if (usable.all() and gap.std(-1).max() < EXACT) or not _is_rising(bounds):
             break
         now = now.matched(z, scores, usable, draws * now.covariance.shape[-1] / (step + 1))
-    tried = []
-    for gaussians in (now, best, first):
-        z, log_q = gaussians.draw(10 * draws)
-        elbo = lower_bound(density(z)[0] - log_q)
-        tried.append(Gaussians(gaussians.loc, gaussians.covariance, elbo))
-    result = tried[0]
-    for gaussians in tried[1:]:
-        # The last has seen the most scores: noise is no reason to leave it.
-        result = _where(gaussians.elbo > result.elbo + NOISE, gaussians, result)
-    return result
+        if step == MERGE:
+            kept = _distinct(best, most=len(best.loc))
+            best, now = best[kept], now[kept]
+            bounds = []
+    # The last has seen the most scores: noise is no reason to leave it.
+    last, best = (_looked_at(density, gaussians, 10 * draws) for gaussians in (now, best))
+    return _where(best.elbo > last.elbo + NOISE, best, last)
+
+
+def _looked_at(density: Density, gaussians: Gaussians, draws: int) -> Gaussians:
+    """The same with lower bounds from so many new draws."""
+    z, log_q = gaussians.draw(draws)
+    elbo = lower_bound(density(z)[0] - log_q)
+    return Gaussians(gaussians.loc, gaussians.covariance, elbo)
+
+
+def _is_rising(bounds: list[Tensor]) -> bool:
+    """Whether the lower bounds ``(K,)`` of some Gaussian may still rise, by those so far."""
+    if len(bounds) < 2 * RISE:
+        return True
+    before, now = torch.stack(bounds[-2 * RISE :]).unflatten(0, (2, RISE)).mean(1)
+    return bool(((now - before > NOISE) | ~(now - before).isfinite()).any())
 
 
 def separated(density: Density, gaussians: Gaussians) -> Tensor:

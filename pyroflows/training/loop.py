@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 
 from pyroflows.errors import FitError
 from pyroflows.training import processes
+from pyroflows.training.adam import Adam
 from pyroflows.training.data import Epochs
 from pyroflows.training.result import History
 
@@ -21,11 +23,19 @@ from pyroflows.training.result import History
 MAX_SKIPPED = 20
 #: Losses stay on their device for so many steps: reading each would make a GPU wait.
 READ_EVERY = 20
+#: Where iterates are averaged: steps to the full rate, steps after which it falls with their root,
+#: and the power of its number that an iterate weighs.
+WARM_UP, LONG, POWER = 10, 400, 3
 
 
 @dataclass
 class Loop:
-    """Adam with a cosine schedule and clipped gradients; the best state is restored.
+    """Adam with clipped gradients; the best state is restored.
+
+    The learning rate falls to zero along a cosine, which needs the number of steps. Where a check
+    may end the fit at any step, it is held instead, and checked and kept is a mean of the iterates
+    in which later ones weigh more (Shamir and Zhang, "Stochastic gradient descent for non-smooth
+    optimization", ICML 2013).
 
     Where several processes run the same loop, each on its own batches, every step takes the mean of
     their gradients, the first shows the bar and saves, and all end in the same state.
@@ -39,22 +49,26 @@ class Loop:
     parameters
         What is trained.
     steps
-        Number of steps; the learning rate falls to zero over them.
+        Number of steps.
     lr
-        Initial learning rate.
+        Largest learning rate.
     clip_norm
         Largest norm of the gradient.
     check
         Validation loss; where None, the mean loss since the last check stands for it.
     check_every
-        Steps between checks. With a ``check`` the start counts too, and the first steps are checked
-        after 1, 2, 4, ...: few rows are learned by heart within a few steps.
+        Steps between checks; at least an eighth of all steps so far where iterates are averaged.
+        With a ``check`` the start counts too, and else the first steps are checked after 1, 2, 4,
+        ...: few rows are learned by heart within a few steps.
     patience
         Checks without improvement after which to stop; None for never.
+    enough
+        Asked after every check and before the first step: a reason to end the fit, or None. With
+        it, iterates are averaged.
     progress
         Whether to show a bar; None for only in interactive use.
     title, unit
-        What the bar says, and what it calls the loss.
+        What the bar says, read at every check, and what it calls the loss.
     save, resume
         Called with the state of the loop at every check, and such a state to go on from: nested
         dictionaries of tensors and numbers.
@@ -78,6 +92,7 @@ class Loop:
     save: Callable[[dict[str, Any]], None] | None = None
     resume: dict[str, Any] | None = None
     weigh: Callable[..., float] = lambda *batch: 1.0
+    enough: Callable[[], str | None] | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -118,45 +133,37 @@ class Loop:
         return reason, time.perf_counter() - start
 
     def _train(self, bar: Any) -> str:
-        # Small flows have many small tensors: one fused update is several times cheaper.
-        fused = all(p.device.type in ("cpu", "cuda") for p in self.parameters)
-        optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=fused)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)
-        first = stale = 0
+        self._adam = Adam(self.parameters)
+        self._mean = [p.detach().clone() for p in self.parameters]
+        self._stale = first = 0
         if self.resume is not None:
-            first, self._skipped, stale = self._load(self.resume, optimizer, schedule)
+            first = self._load(self.resume)
             bar.update(first)
         elif self.check is not None:
             self._check(0)
+        reason = self._reason()
         for step in range(first + 1, self.steps + 1):
-            if self._is_stale(stale):
+            if reason is not None:
                 break
-            self._step(optimizer, fused)
-            schedule.step()
+            self._step(step)
             bar.update()
-            early = self._is_early(step)
-            regular = not early and (step % self.check_every == 0 or step == self.steps)
-            if early or regular or len(self._unread) == READ_EVERY:
+            early, due = self._is_early(step), self._is_due(step)
+            if early or due or len(self._unread) == READ_EVERY:
                 self._read()
-            if early:
+            if early or due:
                 self._check(step)
-            if regular:
-                improved = self._check(step)
-                stale = 0 if improved else stale + 1
+            if due:
                 now, best = self.history.checks[-1][1], self.history.best[1]
+                bar.set_description(self.title, refresh=False)
                 bar.set_postfix({self.unit: f"{now:.3f}", "best": f"{best:.3f}"})
                 if self.save is not None:
-                    self.save(self._state(optimizer, schedule, step, self._skipped, stale))
-        if self._is_stale(stale):
-            return f"the loss has not improved for {stale} checks"
-        return "all steps were done"
+                    self.save(self._state(step))
+                reason = self._reason()
+        return reason or "all steps were done"
 
-    def _is_stale(self, stale: int) -> bool:
-        return self.patience is not None and stale >= self.patience
-
-    def _step(self, optimizer: torch.optim.Optimizer, fused: bool) -> None:
+    def _step(self, step: int) -> None:
         """One step; nothing is read from the device."""
-        optimizer.zero_grad()
+        self._adam.zero_grad()
         batch = next(self.batches)
         loss = self.loss(*batch)
         loss.backward()
@@ -165,12 +172,15 @@ class Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         bad = ~norm.isfinite()
         self._unread.append(torch.stack([loss, bad.to(loss)]))
-        if fused:
-            # What a gradient scaler sets, too: the update leaves everything as it is.
-            optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
-            optimizer.step()
-        elif not bad:
-            optimizer.step()
+        self._adam.step(self._rate(step), unless=bad)
+        if self.enough is not None:
+            self._average(step)
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Take the parameters into the mean."""
+        weight = (POWER + 1) / (POWER + step)
+        torch._foreach_lerp_(self._mean, list(self.parameters), weight)
 
     def _read(self) -> None:
         """Take the losses since the last reading; raise where the gradients stay infinite."""
@@ -186,54 +196,84 @@ class Loop:
                     "Lower lr, standardise the data, or use float64."
                 )
 
+    def _rate(self, step: int) -> float:
+        if self.enough is not None:
+            return self.lr * min(1.0, step / WARM_UP, (LONG / step) ** 0.5)
+        return self.lr * (1 + math.cos(math.pi * (step - 1) / self.steps)) / 2
+
     def _is_early(self, step: int) -> bool:
         """Whether a step before the first regular check is a power of two, and checked too."""
-        return self.check is not None and step < self.check_every and step.bit_count() == 1
+        if self.check is None or self.enough is not None:
+            return False
+        return step < self.check_every and step.bit_count() == 1
 
-    def _check(self, step: int) -> bool:
+    def _is_due(self, step: int) -> bool:
+        """Whether to check after this step."""
+        if self.enough is None:
+            return step % self.check_every == 0 or step == self.steps
+        last = self.history.checks[-1][0]
+        return step - last >= max(self.check_every, step // 8) or step == self.steps
+
+    def _check(self, step: int) -> None:
         """Record a check and keep the state if it is the best so far."""
+        now = [p.detach().clone() for p in self.parameters]
+        if self.enough is not None:
+            self._place(self._mean)
         if self.check is None:
             value = fmean(self.history.losses[-self.check_every :])
         else:
             value = self.check()
         self.history.checks.append((step, value))
-        if self._best is not None and not value < self._best[0]:
-            return False
-        if value == value:
+        improved = self._best is None or value < self._best[0]
+        counts = step >= self.check_every  # the early ones say nothing of patience
+        self._stale = 0 if improved or not counts else self._stale + 1
+        if improved and value == value:
             self._best = (value, [p.detach().clone() for p in self.parameters])
-        return True
+        self._place(now)
 
-    def _state(self, optimizer: Any, schedule: Any, *counts: int) -> dict[str, Any]:
+    def _reason(self) -> str | None:
+        """Why to end after the last check, if there is a reason."""
+        if self.patience is not None and self._stale >= self.patience:
+            return f"the loss has not improved for {self._stale} checks"
+        reason = self.enough() if self.enough is not None else None
+        if reason is not None:
+            # What was enough is kept, even if chance says that another was better.
+            self._best = (self.history.checks[-1][1], self._mean)
+        return reason
+
+    def _state(self, step: int) -> dict[str, Any]:
         """All that the next step depends on."""
         return {
-            "counts": list(counts),
+            "counts": [step, self._skipped, self._stale],
             "parameters": [p.detach().clone() for p in self.parameters],
+            "mean": self._mean,
             "best": self._best and list(self._best),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
+            "adam": self._adam.state(),
             "history": asdict(self.history),
             "random": torch.get_rng_state(),
             "batches": self.batches.state() if isinstance(self.batches, Epochs) else None,
         }
 
-    @torch.no_grad()
-    def _load(self, state: dict[str, Any], optimizer: Any, schedule: Any) -> tuple[int, int, int]:
-        """Go back to a state; the counts of steps, of skipped ones and of stale checks."""
-        for parameter, value in zip(self.parameters, state["parameters"], strict=True):
-            parameter.copy_(value)
+    def _load(self, state: dict[str, Any]) -> int:
+        """Go back to a state; its number of steps."""
+        self._place(state["parameters"])
+        self._mean = state["mean"]
         self._best = state["best"] and (state["best"][0], state["best"][1])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        self._adam.restore(state["adam"])
         self.history.restore(state["history"])
         if processes.world()[0] == 0:  # the others keep noise of their own
             torch.set_rng_state(state["random"])
         if isinstance(self.batches, Epochs):
             self.batches.restore(state["batches"])
-        step, skipped, stale = state["counts"]
-        return step, skipped, stale
+        step, self._skipped, self._stale = state["counts"]
+        return step
 
-    @torch.no_grad()
     def _restore(self) -> None:
         if self._best is not None:
-            for parameter, best in zip(self.parameters, self._best[1], strict=True):
-                parameter.copy_(best)
+            self._place(self._best[1])
+
+    @torch.no_grad()
+    def _place(self, values: Sequence[Tensor]) -> None:
+        """Give the parameters other values."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)

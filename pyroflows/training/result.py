@@ -34,13 +34,6 @@ class History:
         numbers = [(step, value) for step, value in self.checks if value == value]
         return min(numbers, key=lambda check: check[1], default=(0, float("nan")))
 
-    def extend(self, later: History) -> None:
-        """Append what a further round has recorded."""
-        before = len(self.losses)
-        self.losses += later.losses
-        self.checks += [(before + step, value) for step, value in later.checks]
-        self.skipped += later.skipped
-
     def restore(self, stored: Mapping[str, Any]) -> None:
         """Take over what was stored of a history."""
         self.losses[:] = stored["losses"]
@@ -140,7 +133,7 @@ class SVIFit(Fit):
     dropped: int = 0
 
     _quantity = "negative ELBO (nats)"
-    _checked = "mean since the last check"
+    _checked = "averaged"
 
     def __str__(self) -> str:
         dropped = f"\n{self.dropped} draws dropped in training" if self.dropped else ""

@@ -31,6 +31,8 @@ from pyroflows.training.walk import walk
 LEAST = 0.01
 #: Where the posterior is so many times denser than the guide, the guide does not see it.
 UNSEEN = 20.0
+#: Short chains from the guide's draws, and how many more where one of them ends unseen.
+CHAINS, MORE = 64, 192
 #: Mass that fewer effective draws of a Gaussian show is a large weight in its own tail.
 SEEN_BY = 5
 
@@ -133,9 +135,15 @@ def missed_mass(density: Density, gaussians: Gaussians, log_evidence: float) -> 
     mass = torch.where(_unseen(density, z, log_p) & log_g.isfinite(), (log_p - log_g).exp(), 0.0)
     shown = mass.sum(-1).square() >= SEEN_BY * mass.square().sum(-1)
     by_starts = torch.where(shown, mass.mean(-1), 0.0).sum().item()
-    ends = walk(density)
-    away = _unseen(density, ends, density(ends)[0] - log_evidence)
+    away = _ends_unseen(density, CHAINS, log_evidence)
+    if away.any():
+        away = torch.cat([away, _ends_unseen(density, MORE, log_evidence)])
     return max(by_starts, away.double().mean().item())
+
+
+def _ends_unseen(density: Density, chains: int, log_evidence: float) -> Tensor:
+    ends = walk(density, chains)
+    return _unseen(density, ends, density(ends)[0] - log_evidence)
 
 
 def _unseen(density: Density, latents: Tensor, log_p: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, cast
 
@@ -29,12 +28,9 @@ from pyroflows.training.processes import agreed, broadcast_, gathered, own_share
 from pyroflows.training.result import History, SVIFit
 from pyroflows.training.start import find_start, missed_mass
 
-#: Steps of the first round; each further one has twice as many. Longer rounds than `LONG` have a
-#: smaller learning rate in proportion.
-FIRST_ROUND, LONG = 200, 400
-#: Draws behind the decision to end, and how far their weights may move a mean, in deviations, or
-#: the logarithm of a deviation.
-LOOK, STEADY = 4000, 0.1
+#: Steps between looks at the guide; draws of a look, each of which must find enough before the next
+#: are made; how far weights may then move a mean, in deviations, or the logarithm of a deviation.
+LOOK_EVERY, LOOK, STEADY = 25, (1000, 4000), 0.07
 
 
 def fit_svi(
@@ -62,9 +58,9 @@ def fit_svi(
     First Gaussians: from many starts at once, each ascends to a mode and is matched to the scores
     of the posterior (see `pyroflows.numerics.batch_and_match`). The best becomes the flow's
     standardization, so that its layers begin where the posterior has mean zero and unit covariance;
-    of many regressions it is all that is needed. Then the flow, in rounds of 200, 400... steps,
-    until enough of the draws are effective: Adam with a cosine schedule and clipped gradients, all
-    draws of a step evaluated at once. Last the report, for which the other starts are looked at
+    of many regressions it is all that is needed. Then the flow, until enough of the draws are
+    effective: Adam with clipped gradients, all draws of a step evaluated at once; a mean of its
+    iterates is looked at every so often. Last the report, for which the other starts are looked at
     again: mass that they see and the guide does not is named. Interrupted by Ctrl-C it returns what
     it has. Pyro's own ``SVI(model, guide, optim, Trace_ELBO()).step`` works on the same guide.
 
@@ -72,12 +68,13 @@ def fit_svi(
     the draws of each step are shared out. The bounds of ``"iw"`` and ``"renyi"`` are then means of
     those of each process's draws.
 
-    A model with parameters of its own trains them along, with the whole budget. Where the model
-    scores the same draw differently each time (minibatches), there is neither start nor early end.
+    A model with parameters of its own trains them along, with the whole budget and a learning rate
+    that falls to zero. So it does, without start, where the model scores the same draw differently
+    each time (minibatches).
     A guide that has been trained keeps its place unless a Gaussian is better.
 
-    An `AutoAmortizedFlow` is fitted in one round of steps, 2,000 if not said, without start and
-    report; the model may subsample its plates.
+    An `AutoAmortizedFlow` is fitted by a fixed number of steps, 2,000 if not said, without start
+    and report; the model may subsample its plates.
 
     One step costs one forward pass of the flow, one evaluation of the model and, with path
     gradients, one inverse pass, and their gradients. The start costs about two hundred evaluations.
@@ -101,12 +98,12 @@ def fit_svi(
         Most steps in all; 0 for the Gaussian alone.
     enough
         Share of effective draws at which to end, if their weights then move neither means nor
-        deviations by more than a tenth.
+        deviations by more than 7%.
     steps
-        So many steps in one round instead, whatever the draws' effectiveness.
+        So many steps instead, whatever the draws' effectiveness, with a learning rate that falls to
+        zero.
     lr, clip_norm
-        Of the optimiser; the learning rate, by default 0.01, or 0.003 of an amortised guide, is
-        halved in the round of 800 steps and so on.
+        Of the optimiser; the learning rate is by default 0.01, or 0.003 of an amortised guide.
     psis_samples
         Draws for the report on the result; 0 for no report.
     checkpoint
@@ -180,7 +177,6 @@ def fit_svi(
                 progress=progress,
             )
     draws = 256 if draws is None else draws
-    rounds = _rounds(budget) if steps is None else [steps]
     with seeded(seed, alone=checkpoint is not None):
         guide.register(*args, **kwargs)
         broadcast_(guide.state_dict())
@@ -189,7 +185,7 @@ def fit_svi(
             args,
             kwargs,
             loss=NegativeELBO(guide, own_share(draws, "draws"), estimator),
-            rounds=rounds,
+            steps=budget if steps is None else steps,
             enough=enough if steps is None else None,
             lr=0.01 if lr is None else lr,
             clip_norm=clip_norm,
@@ -198,21 +194,12 @@ def fit_svi(
         )
         fit.run(starts)
         return SVIFit(
-            fit.history,
+            History() if fit.loop is None else fit.loop.history,
             fit.reason,
             fit.seconds,
             psis=fit.report(psis_samples) if psis_samples else None,
             dropped=sum(gathered(fit.loss.dropped)),
         )
-
-
-def _rounds(budget: int) -> list[int]:
-    """Numbers of steps, doubling, with what is left in the last; they add up to the budget."""
-    rounds: list[int] = []
-    while budget > 0:
-        rounds.append(min(budget, FIRST_ROUND * 2 ** len(rounds)))
-        budget -= rounds[-1]
-    return rounds
 
 
 @dataclass
@@ -223,99 +210,89 @@ class _SVI:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     loss: NegativeELBO
-    rounds: list[int]
+    steps: int
     enough: float | None
     lr: float
     clip_norm: float
     progress: bool | None
     checkpoint: Checkpoint | None
-    history: History = field(default_factory=History)
     gaussians: Gaussians | None = None
+    found: str | None = None
     reason: str = "only the start was asked for"
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.density = Density(self.guide, self.args, self.kwargs)
         parameters, alone = _parameters(self.loss, self.args, self.kwargs)
-        # All at once, so that settings out of range are named before anything is done.
-        self.loops = [self._loop(number, parameters) for number in range(len(self.rounds))]
         self.is_random = self.density.is_random()
         # Only a density that stands still can be compared with the guide.
         self.adaptive = self.enough is not None and alone and not self.is_random
+        only_start = self.steps == 0 and self.enough is not None
+        self.loop = None if only_start else self._loop(parameters)
 
-    def _loop(self, number: int, parameters: list[Tensor]) -> Loop:
-        """One round; what the first has not reached needs smaller steps."""
-        steps = self.rounds[number]
+    def _loop(self, parameters: list[Tensor]) -> Loop:
         return Loop(
             loss=self.loss,
             batches=repeat((self.args, self.kwargs)),
             parameters=parameters,
-            steps=steps,
-            lr=self.lr * min(1.0, LONG / steps) if len(self.rounds) > 1 else self.lr,
+            steps=self.steps,
+            lr=self.lr,
             clip_norm=self.clip_norm,
-            check=None,
-            check_every=max(1, steps // 20),
+            check=self._look if self.adaptive else None,
+            check_every=LOOK_EVERY if self.adaptive else max(1, self.steps // 20),
             patience=None,
+            enough=(lambda: self.found) if self.adaptive else None,
             progress=self.progress,
             title=self.guide.name,
             unit="-ELBO",
+            save=None if self.checkpoint is None else self._save,
             weigh=lambda *batch: self.loss.draws,
         )
 
     def run(self, starts: int) -> None:
-        """Find a start and train in rounds, from the checkpoint on where there is one."""
+        """Find a start and train, from the checkpoint on where there is one."""
         state = self.checkpoint and self.checkpoint.load()
         if state:
             self._load(state)
-        else:
-            self._start(starts)
-        first = state["round"] if state else 0
-        for number in range(first, len(self.loops)):
-            resume = state["loop"] if state and number == first else None
-            look = self.adaptive and resume is None
-            share, done = agreed(self._look() if look else (0.0, False))
-            if done:
-                self.reason = (
-                    f"{share:.0%} of the draws are effective" if number else "a Gaussian was enough"
-                )
-                return
-            if not self._train(number, share, resume):
-                return
-
-    def _start(self, starts: int) -> None:
-        if starts and not self.is_random:
+        elif starts and not self.is_random:
             began = time.perf_counter()
             self.gaussians = find_start(self.density, starts)
             self.seconds += time.perf_counter() - began
-
-    def _train(self, number: int, share: float, resume: dict[str, Any] | None) -> bool:
-        """One round; whether to go on."""
-        broadcast_(self.guide.state_dict())
-        loop = self.loops[number]
-        loop.resume = resume
-        if self.checkpoint is not None:
-            loop.save = partial(self._save, number)
-        effective = f" (ESS {share:.0%})" if self.adaptive else ""
-        loop.title = f"{self.guide.name}, round {number + 1} of {len(self.loops)}{effective}"
-        self.reason, seconds = loop.run()
-        self.history.extend(loop.history)
-        self.seconds += seconds
-        return self.reason == "all steps were done"
+        if self.loop is not None:
+            broadcast_(self.guide.state_dict())
+            self.reason, seconds = self.loop.run()
+            self.seconds += seconds
 
     @torch.no_grad()
-    def _look(self) -> tuple[float, bool]:
-        """The share of effective draws, and whether that ends the fit."""
-        latents, log_q = self.density.draw_guide(LOOK)
-        log_weights = self.density.score(latents) - log_q
-        usable = log_weights.isfinite()
-        if not usable.any():
-            return 0.0, False
-        weights, _ = smooth(log_weights[usable].numpy())
-        share = float(1 / (LOOK * np.exp(2 * weights).sum()))
-        if self.enough is None or share < self.enough:
-            return share, False
-        values = self.guide.unpack(latents[usable].to(self.guide.flow.dtype))
-        return share, max(moments_moved(values, weights)[:2]) < STEADY
+    def _look(self) -> float:
+        """The guide's negative lower bound; notes why to end, if there is a reason."""
+        latents, log_weights, share, steady = [], [], 0.0, False
+        for draws in LOOK:
+            z, log_q = self.density.draw_guide(draws)
+            latents.append(z)
+            log_weights.append(self.density.score(z) - log_q)
+            raw = torch.cat(log_weights)
+            usable = raw.isfinite()
+            if not usable.any():
+                break
+            weights, _ = smooth(raw[usable].numpy())
+            share = float(1 / (len(raw) * np.exp(2 * weights).sum()))
+            if share < cast("float", self.enough):
+                break
+        else:
+            values = self.guide.unpack(torch.cat(latents)[usable].to(self.guide.flow.dtype))
+            steady = max(moments_moved(values, weights)[:2]) < STEADY
+        # Each process draws its own.
+        share, steady, bound = agreed((share, steady, raw[usable].mean().item()))
+        self._note(share, steady)
+        return -bound
+
+    def _note(self, share: float, steady: bool) -> None:
+        loop = cast("Loop", self.loop)
+        loop.title = f"{self.guide.name} (ESS {share:.0%})"
+        if steady:
+            trained = f"{share:.0%} of the draws are effective"
+            self.found = trained if loop.history.losses else "a Gaussian was enough"
 
     def report(self, draws: int) -> PSIS:
         """The weights of the guide's draws, and the mass that the guide misses."""
@@ -327,26 +304,25 @@ class _SVI:
 
     # --- checkpoints --------------------------------------------------------------------------
 
-    def _save(self, number: int, loop: dict[str, Any]) -> None:
-        if self.checkpoint is not None:
-            gaussians = self.gaussians and vars(self.gaussians)
-            self.checkpoint.save(
-                {
-                    "round": number,
-                    "loop": loop,
-                    "guide": self.guide.state_dict(),
-                    "gaussians": gaussians,
-                    "history": asdict(self.history),
-                    "dropped": self.loss.dropped,
-                    "seconds": self.seconds,
-                }
-            )
+    def _save(self, loop: dict[str, Any]) -> None:
+        cast("Checkpoint", self.checkpoint).save(
+            {
+                "loop": loop,
+                "guide": self.guide.state_dict(),
+                "gaussians": self.gaussians and vars(self.gaussians),
+                "dropped": self.loss.dropped,
+                "found": self.found,
+                "seconds": self.seconds,
+            }
+        )
 
     def _load(self, state: dict[str, Any]) -> None:
+        if self.loop is not None:
+            self.loop.resume = state["loop"]
         self.guide.load_state_dict(state["guide"])
         self.gaussians = state["gaussians"] and Gaussians(**state["gaussians"])
-        self.history.restore(state["history"])
         self.loss.dropped = state["dropped"]
+        self.found = state["found"]
         self.seconds = state["seconds"]
 
 

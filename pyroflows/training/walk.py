@@ -11,14 +11,14 @@ from torch import Tensor
 from pyroflows.guides.default import DENSE
 from pyroflows.training.density import Density
 
-#: Chains, their transitions, and the leapfrog steps of one.
-CHAINS, TRANSITIONS, LEAPFROGS = 256, 8, 8
+#: Transitions of a chain, and the leapfrog steps of one.
+TRANSITIONS, LEAPFROGS = 8, 8
 #: Shortest and longest step, in deviations of the guide; each transition of each chain draws one.
 STEPS = (0.05, 0.5)
 
 
 @torch.no_grad()
-def walk(density: Density) -> Tensor:
+def walk(density: Density, chains: int) -> Tensor:
     """Ends ``(chains, D)`` of Hamiltonian chains of the posterior that start at the guide's draws.
 
     Were the draws the posterior's, so would be the ends. Where the guide lacks a part of the
@@ -28,9 +28,9 @@ def walk(density: Density) -> Tensor:
     ----------
     Neal, "MCMC using Hamiltonian dynamics", Handbook of Markov chain Monte Carlo, 2011.
     """
-    points, _ = density.draw_guide(max(CHAINS, 2 * min(density.guide.latent_dim, DENSE)))
+    points, _ = density.draw_guide(max(chains, 2 * min(density.guide.latent_dim, DENSE)))
     stretch, pull = _metric(points)
-    points = points[:CHAINS]
+    points = points[:chains]
     log_p, scores = density(points)
     for _ in range(TRANSITIONS):
         low, high = map(math.log, STEPS)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import arviz
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -62,7 +63,7 @@ class Answer:
     draws
         By site, ``{site: (S, *shape)}``; their ``weights`` ``(S,)`` sum to one, None without any.
     seconds
-        CPU time of the fit, imports and the loading of data left out.
+        CPU time of the fit and its report, imports and the loading of data left out.
     notes
         Numbers and words for the table: k-hat, evidence, steps.
     """
@@ -258,8 +259,6 @@ def numpyro_nuts(posterior: Posterior, args: tuple[Any, ...], seed: int) -> Answ
 
 def mixing(draws: Draws) -> dict[str, float]:
     """The smallest effective share of a chain's draws, over all scalars."""
-    import arviz
-
     sizes = [float(arviz.ess(value.double().numpy()[None])) for value in draws.values()]
     return {"ess_fraction": min(sizes) / len(next(iter(draws.values())))}
 
