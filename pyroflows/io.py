@@ -101,6 +101,8 @@ def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
     if guide is not None:
         sites = [[site, list(shape)] for site, shape in guide.latent_shapes.items()]
         record["guide"] = {"name": guide.name, "latent_shapes": sites}
+        if guide.groups is not None:
+            record["guide"]["arranged"] = True
     record["sha256"] = digest(record, tensors)
     metadata = {_KEY: json.dumps(record, allow_nan=False, separators=(",", ":"))}
     _write(path, safetensors.torch.save(tensors, metadata))
@@ -304,8 +306,10 @@ def _build_guide(
         _forget(guide.name, flow)
         return flow
 
+    # Of a guide in groups the order of the sites is its own; the flow is there already.
+    groups = [list(shapes)] if record["guide"].get("arranged") is True else None
     # Start values are the file's: the model's own, which may be costly or undefined, do not matter.
-    guide = AutoFlow(model, checked, name=name, init_loc_fn=init_to_feasible)
+    guide = AutoFlow(model, checked, groups=groups, name=name, init_loc_fn=init_to_feasible)
     with forked_rng(), poutine.block():
         guide(*arguments[0], **arguments[1])
     # Once more, for meeting the model may have moved the flow and set its standardisation.

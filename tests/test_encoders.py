@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from pyroflows.errors import ShapeError
 from pyroflows.nn import ConvEncoder, DeepSet, GRUEncoder
 
-ENCODERS = [DeepSet, GRUEncoder, ConvEncoder]
+ENCODERS = [DeepSet, partial(DeepSet, standardize=True), GRUEncoder, ConvEncoder]
 
 
 @pytest.mark.parametrize("make", ENCODERS)
@@ -33,13 +35,25 @@ def test_wrong_features(make: Any) -> None:
         make(2, 8)(torch.zeros(5, 3))
 
 
-def test_a_set_has_no_order_but_a_size() -> None:
-    encoder = DeepSet(2, 8).double()
+@pytest.mark.parametrize("standardize", [False, True])
+def test_a_set_has_no_order_but_a_size(standardize: bool) -> None:
+    encoder = DeepSet(2, 8, standardize=standardize).double()
     x = torch.randn(6, 2, dtype=torch.float64)
     torch.testing.assert_close(encoder(x.flip(0)), encoder(x))
     assert not torch.allclose(encoder(torch.cat([x, x])), encoder(x))
     with pytest.raises(ValueError, match="at least one element"):
         encoder(x[:0])
+
+
+def test_a_standardised_set_shows_its_scale_however_small() -> None:
+    encoder = DeepSet(2, 8, standardize=True).double()
+    x = torch.randn(6, 2, dtype=torch.float64)
+    outputs = [encoder(1e-4 * scale * x) for scale in (1, 10, 100)]
+    steps = [(b - a).abs().max() for a, b in pairwise(outputs)]
+    assert min(steps) > 0.1
+    equal = torch.ones(6, 2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(encoder(equal).sum(), equal)
+    assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("make", [GRUEncoder, ConvEncoder])

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pyroflows.distributions import FlowDistribution
 from pyroflows.errors import ShapeError
 from pyroflows.flows import Flow
-from pyroflows.guides.autoflow import _init_anywhere
 from pyroflows.guides.blocks import GLOBAL, Block
 from pyroflows.guides.build import Recipe, encoded
 from pyroflows.guides.data_encoder import DataEncoder
@@ -26,6 +25,7 @@ from pyroflows.guides.deltas import LatentDeltas
 from pyroflows.guides.param_store import claim, enter
 from pyroflows.guides.posterior import AmortizedPosterior
 from pyroflows.guides.reading import Model, Reading, named, read_model
+from pyroflows.guides.sites import init_anywhere
 from pyroflows.numerics import forked_rng
 
 #: Prior draws of the model behind the location and scale of amortised latents.
@@ -199,7 +199,8 @@ class AutoAmortizedFlow(AutoGuide):
 
     def read(self, *args: Any, **kwargs: Any) -> Reading:
         """The sites, plates and data of the model at these arguments; the first call builds."""
-        reading = read_model(self.original_model, args, kwargs, self._at(init_to_feasible))
+        feasible = self._at(init_to_feasible)
+        reading = read_model(self.original_model, args, kwargs, feasible, self._plates())
         if not self._blocks:
             with forked_rng(0):
                 drawn = [self._draw_prior(reading, args, kwargs) for _ in range(PRIOR_DRAWS)]
@@ -211,6 +212,10 @@ class AutoAmortizedFlow(AutoGuide):
             block.check(reading)
         return reading
 
+    def _plates(self) -> dict[str, Any]:
+        """The plates that an ``AutoGuideList`` made for this part of it."""
+        return {} if self.master is None else dict(self.master().plates)
+
     def _at(self, init_loc_fn: Callable[..., Tensor]) -> Callable[[Any], Tensor]:
         """Start values of latents; data that were not given are drawn."""
         observed = self._recipe.observed or ()
@@ -218,7 +223,7 @@ class AutoAmortizedFlow(AutoGuide):
         def init(site: Any) -> Tensor:
             if site["name"] in observed:
                 return cast("Tensor", site["fn"].sample())
-            return _init_anywhere(site, init_loc_fn)
+            return init_anywhere(site, init_loc_fn)
 
         return init
 
@@ -263,7 +268,8 @@ class AutoAmortizedFlow(AutoGuide):
         frames = {
             n: f for b in self._blocks for s in b.shapes for n, f in reading.frames(s).items()
         }
-        plates = {name: reading.plate(frame) for name, frame in frames.items()}
+        own = self._plates()
+        plates = {name: own.get(name) or reading.plate(frame) for name, frame in frames.items()}
         drawn: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
         with LatentDeltas():

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import detach
 from pyro.infer.autoguide.guides import AutoContinuous, prototype_hide_fn
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine import Trace
@@ -17,35 +16,20 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyroflows.distributions import FlowDistribution
-from pyroflows.errors import LocalLatentError, check_event
+from pyroflows.errors import check_event
 from pyroflows.flows import Flow
 from pyroflows.guides.default import DENSE, default_flow
 from pyroflows.guides.deltas import LatentDeltas
+from pyroflows.guides.groups import Groups
 from pyroflows.guides.log_joint import LogJoint
 from pyroflows.guides.param_store import claim, enter
+from pyroflows.guides.sites import check_latent, forget_data, init_anywhere, is_enumerated
 from pyroflows.numerics import forked_rng, sum_rightmost
 from pyroflows.transforms import ComposedTransform
 from pyroflows.transforms.base import call_and_ladj
 
 #: Draws behind `AutoFlow.median` and `AutoFlow.quantiles`.
 QUANTILE_DRAWS = 10_000
-
-
-def _is_enumerated(site: Any) -> bool:
-    return site["infer"].get("enumerate") == "parallel"
-
-
-def _init_anywhere(site: dict[str, Any], init_loc_fn: Callable[..., Tensor]) -> Tensor:
-    """The start value of a site, also where it has none: enumerated, or ImproperUniform."""
-    if _is_enumerated(site):
-        return site["fn"].sample()
-    try:
-        return init_loc_fn(site)
-    except NotImplementedError:
-        fn = site["fn"]
-        to_support = biject_to(fn.support)
-        shape = to_support.inverse_shape(fn.shape())
-        return to_support(torch.zeros(shape))
 
 
 class AutoFlow(AutoContinuous):
@@ -68,6 +52,12 @@ class AutoFlow(AutoContinuous):
         A `pyroflows.Flow`, or a callable from the latent dimension to one (``pf.NSF``, a
         ``partial``); by default `default_flow`. A flow whose standardisation is already set, for
         instance by `pyroflows.fit_mle`, starts where it is.
+    groups
+        Lists of sites, in which each latent site stands once: the latents of a group are drawn
+        together, given those of the groups before it,
+        :math:`q(u) = \prod_k q(u_k \mid u_1, \dots, u_{k-1})`. Then ``flow`` is called for the
+        first with its number of features, for the others with features and context (``pf.NSF``),
+        or is a list with a callable or None for each group. The latent vector follows their order.
     name
         Name of the parameters in Pyro's param store. Stored tensors of the same name and shape are
         adopted, with a message. A second live guide takes ``name_1``, ``name_2``, ....
@@ -103,22 +93,26 @@ class AutoFlow(AutoContinuous):
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: Flow | Callable[[int], Flow] | None = None,
+        flow: Flow | Callable[..., Flow] | Sequence[Callable[..., Flow] | None] | None = None,
         *,
+        groups: Sequence[Sequence[str]] | None = None,
         name: str = "AutoFlow",
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
         example_args: Sequence[Any] | None = None,
         example_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, init_loc_fn=partial(_init_anywhere, init_loc_fn=init_loc_fn))
+        super().__init__(model, init_loc_fn=partial(init_anywhere, init_loc_fn=init_loc_fn))
         if not init_scale > 0:
             raise ValueError(f"init_scale: expected a positive number, got {init_scale}")
         # A tuple, so that a model that is a module does not become a part of the guide.
         self._original_model = (model,)
         self._init_scale = init_scale
+        self._groups = None if groups is None else Groups.of(groups, flow)
         self._make_flow: Callable[[int], Flow] | None = None
-        if isinstance(flow, Flow):
+        if groups is not None:
+            self._make_flow = self._make_grouped
+        elif isinstance(flow, Flow):
             self._modules["flow"] = flow
         elif flow is None or callable(flow):
             self._make_flow = flow or default_flow
@@ -162,16 +156,26 @@ class AutoFlow(AutoContinuous):
         self._require_prototype()
         return {name: tuple(shape) for name, shape in self._unconstrained_shapes.items()}
 
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...] | None:
+        """The sites that are drawn together, if they were given."""
+        return None if self._groups is None else self._groups.sites
+
     @staticmethod
     def _prototype_hide_fn(msg: Any) -> bool:
         """Whether a site is none of the guide's: observed, subsampled, or enumerated."""
-        return prototype_hide_fn(msg) or _is_enumerated(msg)
+        return prototype_hide_fn(msg) or is_enumerated(msg)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._setup_prototype(*args, **kwargs)
         for name, site in self.prototype_trace.iter_stochastic_nodes():
-            _check_latent(name, site)
-        _forget_data(self.prototype_trace)
+            check_latent(name, site)
+        if self._groups is not None:
+            # The latent vector, and all that walks through it, follows the order of the trace.
+            self._groups.arrange(self.prototype_trace)
+            named = self.prototype_trace.iter_stochastic_nodes()
+            self._unconstrained_shapes = {n: self._unconstrained_shapes[n] for n, _ in named}
+        forget_data(self.prototype_trace)
         if self.master is None:
             # For NeuTraReparam. Blocked, as the first call makes them again in the same trace.
             with poutine.block():
@@ -181,6 +185,9 @@ class AutoFlow(AutoContinuous):
     def _full_trace(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace:
         """A trace of the model with its observed sites, which the prototype leaves out."""
         return poutine.block(poutine.trace(self.model).get_trace)(*args, **kwargs)
+
+    def _make_grouped(self, features: int) -> Flow:
+        return cast("Groups", self._groups).build(self._unconstrained_shapes)
 
     def _build_flow(self) -> None:
         loc = self._init_loc()
@@ -372,22 +379,3 @@ class AutoFlow(AutoContinuous):
         for attribute in ("_model", "_original_model", "_log_joint"):
             new.__dict__[attribute] = self.__dict__[attribute]
         return new
-
-
-def _forget_data(trace: Any) -> None:
-    """Keep the latent sites only, without their graph: a guide is copied and pickled."""
-    trace.nodes["_INPUT"].update(args=(), kwargs={})
-    trace.nodes["_RETURN"]["value"] = None
-    for _, site in trace.iter_stochastic_nodes():
-        site["fn"], site["value"] = detach(site["fn"]), site["value"].detach()
-
-
-def _check_latent(name: str, site: Any) -> None:
-    """Raise unless one flow over all latents can represent the site."""
-    for frame in site["cond_indep_stack"]:
-        if frame.full_size is not None and frame.full_size != frame.size:
-            raise LocalLatentError(
-                f"site {name!r} is local to the subsampled plate {frame.name!r} ({frame.size} of "
-                f"{frame.full_size}): one flow over the minibatch's latents would be shared by all "
-                "minibatches. Use the full plate, or give the local latents an amortised guide."
-            )

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributions.transforms import identity_transform
 
 from pyroflows.flows import Flow
-from pyroflows.guides.autoflow import _is_enumerated
 from pyroflows.guides.blocks import Block, arrange
 from pyroflows.guides.data_encoder import DataEncoder
 from pyroflows.guides.default import default_conditional_flow, default_flow
 from pyroflows.guides.reading import Reading, named
+from pyroflows.guides.sites import is_enumerated
 from pyroflows.layers import Layer
 from pyroflows.transforms import ColumnsTransform, LogisticTransform
 
@@ -112,7 +112,7 @@ class Recipe:
         found = [
             site
             for site, node in reading.sites.items()
-            if not (node["is_observed"] or _is_enumerated(node) or site in observed)
+            if not (node["is_observed"] or is_enumerated(node) or site in observed)
         ]
         if not found:
             raise ValueError("the model has no latent sites: it needs no guide")

@@ -10,6 +10,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
@@ -87,15 +88,31 @@ class Reading:
         return moved if fn.event_dim else moved.unsqueeze(-1)
 
 
+class _Indices(Messenger):
+    """Gives plates the indices of others of the same names."""
+
+    def __init__(self, plates: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.plates = plates
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg) and msg["name"] in self.plates:
+            msg["value"], msg["done"] = self.plates[msg["name"]].indices, True
+
+
 def read_model(
     model: Model,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     init: Callable[[Any], Any] | None,
+    plates: Mapping[str, Any] | None = None,
 ) -> Reading:
-    """Run a model apart from all handlers, its latents at start values or, for None, drawn."""
+    """Run a model apart from all handlers, its latents at start values or, for None, drawn.
+
+    Where there are ``plates`` by name already, the model's take their indices.
+    """
     runnable = model if init is None else InitMessenger(init)(model)
-    with torch.no_grad(), poutine.block():
+    with torch.no_grad(), poutine.block(), _Indices(plates or {}):
         trace: Any = poutine.trace(runnable).get_trace(*args, **kwargs)
     nodes = {name: node for name, node in trace.nodes.items() if node["type"] == "sample"}
     subsamples = {name for name, node in nodes.items() if site_is_subsample(node)}

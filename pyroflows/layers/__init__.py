@@ -2,6 +2,7 @@
 
 from pyroflows.layers.base import Layer
 from pyroflows.layers.block import BlockLayer
+from pyroflows.layers.chain import Chain
 from pyroflows.layers.composition import Bijection, Inverse, Sequential, ToSupport
 from pyroflows.layers.conditioned import AutoregressiveLayer, CouplingLayer
 from pyroflows.layers.continuous import ContinuousLayer
@@ -27,6 +28,7 @@ __all__ = [
     "AutoregressiveLayer",
     "Bijection",
     "BlockLayer",
+    "Chain",
     "ContinuousLayer",
     "CouplingLayer",
     "ElementwiseLayer",

@@ -33,6 +33,11 @@ class DeepSet(RecordedModule):
     The number of elements enters beside their mean, because a posterior narrows with it; it may
     differ from call to call.
 
+    Where sets differ in scale by orders of magnitude, no network resolves the small ones. With
+    ``standardize`` each is first brought to mean 0 and deviation 1, :math:`x_i \to (x_i - m) / s`;
+    its :math:`m` and :math:`\log s` enter :math:`\rho`, and a linear map of them is added to
+    :math:`h`.
+
     Parameters
     ----------
     features
@@ -43,6 +48,8 @@ class DeepSet(RecordedModule):
         Widths of the hidden layers of :math:`\phi` and of :math:`\rho`.
     activation
         A module class without arguments.
+    standardize
+        Whether each set is standardised by itself.
 
     References
     ----------
@@ -61,21 +68,35 @@ class DeepSet(RecordedModule):
         *,
         hidden_features: Sequence[int] = (64, 64),
         activation: Activation = nn.SiLU,
+        standardize: bool = False,
     ) -> None:
         super().__init__()
         hidden = widths(hidden_features)
         self.features = features
+        moments = 2 * features if standardize else 0
         self.element = _perceptron([features, *hidden], activation)
-        self.whole = _perceptron([hidden[-1] + 1, *hidden, out_features], activation)
+        self.whole = _perceptron([hidden[-1] + 1 + moments, *hidden, out_features], activation)
+        self.moments = nn.Linear(moments, out_features) if standardize else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Sets ``(*batch, elements, features)`` to contexts ``(*batch, out_features)``."""
         check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
         if not x.shape[-2]:
             raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
+        if self.moments is None:
+            return self.whole(self._pooled(x))
+        loc, variance = x.mean(-2, keepdim=True), x.var(-2, keepdim=True, correction=0)
+        # A set of equal elements has a logarithm too: that of the least scale told from 0.
+        scale = variance.clamp(min=torch.finfo(x.dtype).eps ** 2).sqrt()
+        moments = torch.cat([loc, scale.log()], -1).squeeze(-2)
+        pooled = self._pooled((x - loc) / scale)
+        return self.whole(torch.cat([pooled, moments], -1)) + self.moments(moments)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        """The mean over the elements' networks, and the logarithm of their number."""
         mean = self.element(x).mean(-2)
         count = torch.full_like(mean[..., :1], x.shape[-2]).log()
-        return self.whole(torch.cat([mean, count], -1))
+        return torch.cat([mean, count], -1)
 
 
 class GRUEncoder(RecordedModule):

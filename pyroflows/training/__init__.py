@@ -5,6 +5,7 @@ from pyroflows.training.files import RowFile
 from pyroflows.training.flow_matching import FlowMatchingLoss, fit_flow_matching
 from pyroflows.training.losses import NegativeELBO, NegativeLogLikelihood
 from pyroflows.training.mle import fit_mle
+from pyroflows.training.nle import NLEFit, fit_nle
 from pyroflows.training.npe import NegativeLogPosterior, NPEFit, fit_npe, refine
 from pyroflows.training.result import FlowMatchingFit, History, MLEFit, SVIFit
 from pyroflows.training.selection import Selection, select
@@ -16,6 +17,7 @@ __all__ = [
     "FlowMatchingLoss",
     "History",
     "MLEFit",
+    "NLEFit",
     "NPEFit",
     "NegativeELBO",
     "NegativeLogLikelihood",
@@ -25,6 +27,7 @@ __all__ = [
     "Selection",
     "fit_flow_matching",
     "fit_mle",
+    "fit_nle",
     "fit_npe",
     "fit_svi",
     "refine",

@@ -202,7 +202,7 @@ def fit_npe(
                 done = done.joined(
                     simulate(model, *args, sites=sites, count=count, given=given, **how)
                 )
-            _check_sites(done, sites)
+            check_sites(done, sites)
             data = [reading.data(site, value=done.values[site]) for site in encoder.sites]
             loop = Loop(
                 **_batches(
@@ -222,7 +222,8 @@ def fit_npe(
     return NPEFit(loop.history, reason, seconds, simulations=done, accepted=accepted)
 
 
-def _check_sites(simulations: Simulations, sites: Sequence[str]) -> None:
+def check_sites(simulations: Simulations, sites: Sequence[str]) -> None:
+    """Raise `DataError` unless there are values of all these sites."""
     missing = [site for site in sites if site not in simulations.values]
     if missing:
         raise DataError(
@@ -294,7 +295,7 @@ def refine(
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
     steps: int = 300,
-    lr: float = 3e-4,
+    lr: float = 1e-3,
     **options: Any,
 ) -> tuple[AmortizedPosterior, SVIFit]:
     """Train the amortised posterior of one observation further, by the model's likelihood.

@@ -9,6 +9,7 @@ from pyroflows.transforms.base import (
     inverse_and_ladj,
 )
 from pyroflows.transforms.block import BlockTransform
+from pyroflows.transforms.chain import ChainTransform
 from pyroflows.transforms.continuous import ContinuousTransform
 from pyroflows.transforms.coupling import CouplingTransform
 from pyroflows.transforms.elementwise import (
@@ -84,6 +85,7 @@ __all__ = [
     "Bernstein",
     "BernsteinTransform",
     "BlockTransform",
+    "ChainTransform",
     "CircularRationalQuadratic",
     "CircularRationalQuadraticTransform",
     "ColumnsTransform",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,6 +54,16 @@ def columns_in_hand(shift: Tensor) -> pft.Transform:
     return pft.ColumnsTransform(parts, [2, 1], order, order.argsort())
 
 
+def chain(context: int) -> pfl.Chain:
+    """Three groups: a linear map, a coupling, an autoregression."""
+    parts = [
+        pfl.LULinear(2),
+        [pfl.CouplingLayer(1, context + 2, **SMALL), pfl.ActNorm(1)],
+        pfl.AutoregressiveLayer(2, context + 3, **SMALL),
+    ]
+    return pfl.Chain(parts, [2, 1, 2], context)
+
+
 class Foreign(pfl.Layer):
     """Torch's, Pyro's and our own bijections, nested, one of them backwards."""
 
@@ -101,6 +112,18 @@ CASES: list[Case] = [
         identity=False,
         support=constraints.stack(MIXED, -1),
         magnitudes=EXPONENTIAL,
+    ),
+    *(
+        Case(
+            f"chain-c{context}",
+            "layer",
+            partial(chain, context),
+            ("layers.Chain", "transforms.ChainTransform"),
+            (5,),
+            context,
+            slow="forward",
+        )
+        for context in (0, 2)
     ),
     Case(
         "foreign-layers",
