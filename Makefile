@@ -35,7 +35,7 @@ bench-mcmc: $(READY)
 	$(BIN)/python -m tests.benchmarks.mcmc
 
 bench-sbi: $(READY)
-	$(BIN)/python -m tests.benchmarks.sbi $(if $(wildcard build/sbi),--peer build/sbi/bin/python)
+	$(BIN)/python -m tests.benchmarks.sbi --page $(if $(wildcard build/sbi),--peer build/sbi/bin/python)
 
 # The package sbi in an environment of its own, for bench-sbi to run beside.
 bench-sbi-peer:

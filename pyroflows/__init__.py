@@ -12,7 +12,7 @@ from pyroflows import (
     training,
     transforms,
 )
-from pyroflows.diagnostics import PSIS, c2st, local_c2st, psis, sbc, simulate, to_arviz
+from pyroflows.diagnostics import PSIS, c2st, from_arviz, local_c2st, psis, sbc, simulate, to_arviz
 from pyroflows.distributions import FlowDistribution
 from pyroflows.flows import (
     BNAF,
@@ -92,6 +92,7 @@ __all__ = [
     "fit_npe",
     "fit_svi",
     "flows",
+    "from_arviz",
     "get_flow",
     "guides",
     "layers",

@@ -2,6 +2,7 @@
 
 from pyroflows.diagnostics.calibration import SBC, sbc
 from pyroflows.diagnostics.classifiers import LocalC2ST, c2st, local_c2st
+from pyroflows.diagnostics.from_arviz import from_arviz
 from pyroflows.diagnostics.psis import PSIS, psis
 from pyroflows.diagnostics.simulation import Simulations, simulate
 from pyroflows.diagnostics.to_arviz import to_arviz
@@ -12,6 +13,7 @@ __all__ = [
     "LocalC2ST",
     "Simulations",
     "c2st",
+    "from_arviz",
     "local_c2st",
     "psis",
     "sbc",

@@ -34,7 +34,8 @@ def linear_by_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Flows read raw parameters kind by kind, for all rows at once. ``(*batch, inputs)`` to
     ``(*batch, outputs)``.
     """
-    batch = x.shape[:-1]
+    # Pyro's tensors with a provenance have a plain tuple for a shape.
+    batch = torch.Size(x.shape[:-1])
     rows = x.reshape(batch.numel(), x.shape[-1])
     out = torch.addmm(bias.unsqueeze(-1), weight, rows.mT).mT
     return out.unflatten(0, batch) if batch else out.squeeze(0)

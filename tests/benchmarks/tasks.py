@@ -1,4 +1,4 @@
-"""Two tasks of the simulation-based inference benchmark, as Pyro models with likelihoods."""
+"""Three tasks of the simulation-based inference benchmark, as Pyro models with likelihoods."""
 
 from __future__ import annotations
 
@@ -63,4 +63,27 @@ def slcp() -> None:
         pyro.sample("y", dist.MultivariateNormal(mean, scale_tril=tril))
 
 
-TASKS = {"two_moons": (two_moons, (2,)), "slcp": (slcp, (4, 2))}
+#: Variance of prior and noise of the Gaussian task.
+VARIANCE = 0.1
+
+
+def gaussian_linear() -> None:
+    """A mean of ten columns, from one row of data: the posterior is normal."""
+    scale = math.sqrt(VARIANCE)
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(10), scale).to_event(1))
+    pyro.sample("y", dist.Normal(theta, scale).to_event(1))
+
+
+def gaussian_reference(draws: int) -> tuple[Tensor, Tensor]:
+    """Ten observations from the prior, and draws ``(10, draws, 10)`` of their exact posteriors."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2 + draws, 10, 10, generator=generator)
+    y = math.sqrt(VARIANCE) * (noise[0] + noise[1])
+    return y, (y / 2 + math.sqrt(VARIANCE / 2) * noise[2:]).transpose(0, 1)
+
+
+TASKS = {
+    "two_moons": (two_moons, (2,)),
+    "gaussian_linear": (gaussian_linear, (10,)),
+    "slcp": (slcp, (4, 2)),
+}
