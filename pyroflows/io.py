@@ -8,21 +8,17 @@ their constructors' arguments. Reading a file runs these constructors and no oth
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
 import pyro
-import safetensors.torch
 import torch
 from pyro import poutine
 from pyro.infer.autoguide.initialization import init_to_feasible
 from pyro.params.param_store import param_with_module_name
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pyroflows.errors import SavedFileError
@@ -37,18 +33,13 @@ from pyroflows.flows.description import (
     field,
     restore,
 )
+from pyroflows.flows.file import FORMAT_VERSION, Path, read_file, write_file
 from pyroflows.guides import AutoFlow
 from pyroflows.numerics import forked_rng
 
 __all__ = ["load", "save"]
 
 logger = logging.getLogger(__name__)
-
-#: Raised when an older pyroflows could no longer read what a newer one writes.
-FORMAT_VERSION = 1
-# One entry: safetensors writes several in no particular order, and equal content is equal bytes.
-_KEY = "pyroflows"
-Path = str | os.PathLike[str]
 
 
 def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
@@ -104,8 +95,7 @@ def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
         if guide.groups is not None:
             record["guide"]["arranged"] = True
     record["sha256"] = digest(record, tensors)
-    metadata = {_KEY: json.dumps(record, allow_nan=False, separators=(",", ":"))}
-    _write(path, safetensors.torch.save(tensors, metadata))
+    write_file(path, record, tensors)
 
 
 @overload
@@ -180,7 +170,7 @@ def load(
     {'scale': ()}
     """
     with _about(path):
-        record, tensors = _read(path)
+        record, tensors = read_file(path)
         kind = field(record, "kind", str)
         if kind not in ("flow", "guide"):
             raise SavedFileError(f"kind: expected 'flow' or 'guide', got {kind!r}. {DAMAGED}")
@@ -348,55 +338,3 @@ def _check_place(
             f"map_location: the model's latents are on {latents.device}, and so will the guide be; "
             f"got {wanted}. Move the model and its example arguments, or leave map_location out."
         )
-
-
-# --- the file -------------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> tuple[Record, dict[str, Tensor]]:
-    """Description and tensors; of a foreign file no tensor is read."""
-    try:
-        with torch.device("cpu"), safe_open(os.fspath(path), framework="pt") as file:
-            record = _parse(file.metadata())
-            return record, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SavedFileError(
-            f"expected a safetensors file written by pyroflows.save, got one that is truncated or "
-            f"of another kind ({error}). Save it again, or restore a copy."
-        ) from error
-
-
-def _parse(metadata: Mapping[str, str] | None) -> Record:
-    if _KEY not in (metadata or {}):
-        raise SavedFileError(
-            "expected a file written by pyroflows.save, got a safetensors file without its "
-            "description. Read foreign weights with safetensors.torch.load_file."
-        )
-    try:
-        record = json.loads((metadata or {})[_KEY])
-    except ValueError as error:
-        raise SavedFileError(f"the description is not JSON ({error}). {DAMAGED}") from error
-    version = field(record, "format_version", int)
-    if version < 1:
-        raise SavedFileError(f"format version {version}: expected 1 or more. {DAMAGED}")
-    if version > FORMAT_VERSION:
-        raise SavedFileError(
-            f"format version {version}, written by pyroflows {record.get('pyroflows_version')}; "
-            f"this pyroflows reads versions up to {FORMAT_VERSION}. Update pyroflows."
-        )
-    return dict(record)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """All or nothing, with the permissions that a new file gets here."""
-    target = os.path.realpath(path)  # a link keeps pointing to the file
-    temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
