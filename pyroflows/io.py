@@ -34,7 +34,8 @@ from pyroflows.flows.description import (
     restore,
 )
 from pyroflows.flows.file import FORMAT_VERSION, Path, read_file, write_file
-from pyroflows.guides import AutoFlow
+from pyroflows.guides import AutoAmortizedFlow, AutoFlow
+from pyroflows.guides.saved import describe_amortized, restore_amortized
 from pyroflows.numerics import forked_rng
 
 __all__ = ["load", "save"]
@@ -42,20 +43,21 @@ __all__ = ["load", "save"]
 logger = logging.getLogger(__name__)
 
 
-def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
+def save(flow_or_guide: Flow | AutoFlow | AutoAmortizedFlow, path: Path) -> None:
     """Write a flow or a guide to one file, which `load` reads on any device.
 
     Stored are all parameters and buffers with their dtypes, the class and its arguments, which
     parameters are frozen (``requires_grad``), which are shared, and which modules train or
     evaluate. Of a guide, also its name and the unconstrained shapes of its latent sites; not the
-    model, which `load` takes as an argument. Equal content gives equal bytes, with a checksum. The
-    file appears whole or not at all.
+    model, which `load` takes as an argument. An amortised guide has encoders of yours, so of it the
+    tensors are stored, and `load` takes a guide constructed anew. Equal content gives equal bytes,
+    with a checksum. The file appears whole or not at all.
 
     Parameters
     ----------
     flow_or_guide
         A recipe such as `pyroflows.NSF`, a `pyroflows.Flow` of public layers, or a
-        `pyroflows.AutoFlow` that has seen its model.
+        `pyroflows.AutoFlow` or `pyroflows.AutoAmortizedFlow` that has seen its model.
     path
         The file to write, ``.safetensors`` by custom. An existing file is replaced.
 
@@ -81,14 +83,15 @@ def save(flow_or_guide: Flow | AutoFlow, path: Path) -> None:
     """
     from pyroflows import __version__  # defined after this module is imported
 
+    versions = {"format_version": FORMAT_VERSION, "pyroflows_version": __version__}
+    if isinstance(flow_or_guide, AutoAmortizedFlow):
+        record, tensors = describe_amortized(flow_or_guide)
+        record = {**versions, "kind": "amortized", **record}
+        write_file(path, {**record, "sha256": digest(record, tensors)}, tensors)
+        return
     flow, guide = _flow_of(flow_or_guide)
     record, tensors = describe(flow)
-    record = {
-        "format_version": FORMAT_VERSION,
-        "pyroflows_version": __version__,
-        "kind": "flow" if guide is None else "guide",
-        **record,
-    }
+    record = {**versions, "kind": "flow" if guide is None else "guide", **record}
     if guide is not None:
         sites = [[site, list(shape)] for site, shape in guide.latent_shapes.items()]
         record["guide"] = {"name": guide.name, "latent_shapes": sites}
@@ -115,14 +118,25 @@ def load(
 ) -> AutoFlow: ...
 
 
+@overload
+def load(
+    path: Path,
+    *,
+    guide: AutoAmortizedFlow,
+    example_args: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> AutoAmortizedFlow: ...
+
+
 def load(
     path: Path,
     *,
     map_location: str | torch.device | None = None,
     model: Callable[..., Any] | None = None,
+    guide: AutoAmortizedFlow | None = None,
     example_args: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-) -> Flow | AutoFlow:
+) -> Flow | AutoFlow | AutoAmortizedFlow:
     """Read a flow or a guide that `save` wrote.
 
     The result has the saved one's dtype, densities (to the bit), frozen parameters and training
@@ -137,12 +151,14 @@ def load(
         model's latents are, so that device is all that may be named here.
     model
         Of a guide: the model. Its latent sites must be those of the file.
+    guide
+        Of an amortised guide: one constructed as the saved one was; it gets the file's values.
     example_args, example_kwargs
         Of a guide: the model's arguments, if it takes any.
 
     Returns
     -------
-    Flow or AutoFlow
+    Flow, AutoFlow or AutoAmortizedFlow
         What was saved. A guide's parameters are in Pyro's param store under its name (or the next
         free one, where another live guide has it), in place of what a former guide left there.
 
@@ -172,13 +188,27 @@ def load(
     with _about(path):
         record, tensors = read_file(path)
         kind = field(record, "kind", str)
-        if kind not in ("flow", "guide"):
-            raise SavedFileError(f"kind: expected 'flow' or 'guide', got {kind!r}. {DAMAGED}")
-        flow = build(record)
-        check_tensors(flow, record, tensors)
+        if kind not in ("flow", "guide", "amortized"):
+            raise SavedFileError(
+                f"kind: expected 'flow', 'guide' or 'amortized', got {kind!r}. {DAMAGED}"
+            )
+        if kind != "amortized":
+            flow = build(record)
+            check_tensors(flow, record, tensors)
         if field(record, "sha256", str) != digest(record, tensors):
             raise SavedFileError(f"the content is not what was saved. {DAMAGED}")
     arguments = (tuple(example_args or ()), dict(example_kwargs or {}))
+    if (kind == "amortized") != (guide is not None):
+        raise ValueError(
+            f"{path} holds {'an amortised' if guide is None else 'no amortised'} guide. Of an "
+            "amortised guide neither model nor encoders are saved: construct it as it was, and "
+            "load(path, guide=guide). Anything else takes no guide."
+        )
+    if guide is not None:
+        guide.register(*arguments[0], **arguments[1])
+        with _about(path):
+            restore_amortized(guide, record, tensors)
+        return guide
     if kind == "flow":
         if model is not None or any(arguments):
             raise ValueError(

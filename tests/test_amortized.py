@@ -16,7 +16,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyroflows as pf
-from pyroflows.errors import LocalLatentError, ShapeError
+from pyroflows.errors import LocalLatentError, SavedFileError, ShapeError
 from pyroflows.guides.reading import read_model
 from pyroflows.nn import DeepSet
 
@@ -264,6 +264,60 @@ def test_reading_leaves_no_trace_in_outer_handlers() -> None:
     with poutine.trace() as outer:
         read_model(rows_model, (y,), {}, None)
     assert not outer.trace.nodes.keys() - {"_INPUT", "_RETURN"}
+
+
+def test_a_guide_is_saved_and_restored_into_one_made_anew(tmp_path: Any) -> None:
+    _, y = rows_data(10)
+    guide = pf.AutoAmortizedFlow(rows_model, {"z": encoder()})
+    path = tmp_path / "guide.safetensors"
+    with pytest.raises(ValueError, match="nothing to save"):
+        pf.save(guide, path)
+    pf.fit_svi(guide, y, steps=5, seed=0, progress=False)
+    next(guide.flow("rows").parameters()).requires_grad_(False)
+    pf.save(guide, path)
+    pyro.clear_param_store()
+    again = pf.load(
+        path, guide=pf.AutoAmortizedFlow(rows_model, {"z": encoder()}), example_args=(y,)
+    )
+    assert not next(again.flow("rows").parameters()).requires_grad
+    first = []
+    for one in (guide, again):
+        with poutine.block():
+            pyro.set_rng_seed(0)
+            first.append(one.sample(3, y[:4])["z"])
+    assert torch.equal(*first)
+
+    def other(y: Tensor) -> None:
+        with pyro.plate("rows", len(y)):
+            z = pyro.sample("w", dist.Normal(y.new_zeros(()), PRIOR))
+            pyro.sample("y", dist.Normal(z, NOISE), obs=y)
+
+    for wrong, args, message in (
+        (pf.AutoAmortizedFlow(other, {"w": encoder()}), (y,), r"saved with the latents 'z' \(\)"),
+        (
+            pf.AutoAmortizedFlow(rows_model, {"z": encoder(size=3)}),
+            (y,),
+            r"shape \(8, 16\) in the file, shape \(3, 16\) in this guide",
+        ),
+        (
+            pf.AutoAmortizedFlow(rows_model, {"z": encoder()}),
+            (y.double(),),
+            "float32 in the file, torch.float64 in this guide",
+        ),
+    ):
+        with pytest.raises(SavedFileError, match=message):
+            pf.load(path, guide=wrong, example_args=args)
+    with pytest.raises(ValueError, match="holds an amortised guide"):
+        pf.load(path, model=rows_model, example_args=(y,))
+    flow_path = tmp_path / "flow.safetensors"
+    pf.save(pf.RealNVP(2, transforms=1), flow_path)
+    with pytest.raises(ValueError, match="holds no amortised guide"):
+        pf.load(flow_path, guide=again)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(SavedFileError, match="not what was saved"):
+        pf.load(path, guide=again, example_args=(y,))
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -435,7 +435,7 @@ for _ in range(400):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"kind": "model"}, "kind: expected 'flow' or 'guide', got 'model'"),
+        ({"kind": "model"}, "kind: expected 'flow', 'guide' or 'amortized', got 'model'"),
         ({"dtype": "int64"}, "dtype: expected one of float16"),
         ({"dtype": None}, "expected 'dtype' of type str, got None"),
         ({"flow": 3}, "expected 'flow' of type dict, got 3"),

@@ -183,6 +183,11 @@ class AutoAmortizedFlow(AutoGuide):
         return cast("DataEncoder", encoders[block]) if block in encoders else None
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The latents that are drawn together, the global ones first; none before a call."""
+        return self._blocks
+
+    @property
     def latent_sites(self) -> tuple[str, ...]:
         """The sites that the guide draws, in the order of its vectors."""
         return tuple(site for block in self._blocks for site in block.shapes)

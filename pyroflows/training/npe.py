@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyroflows.diagnostics import Simulations, simulate
+from pyroflows.diagnostics import Simulations, psis, simulate
 from pyroflows.diagnostics.simulation import Values, only
 from pyroflows.errors import DataError, FitError
 from pyroflows.guides import AmortizedPosterior, AutoAmortizedFlow
@@ -22,6 +23,9 @@ from pyroflows.training.svi import fit_svi
 
 #: Draws of the posterior behind the threshold of a truncated prior.
 TRUNCATION_DRAWS = 10_000
+#: Draws of a look at a posterior before and after it is refined, and the draws that are to be
+#: effective in each step between.
+LOOK, EFFECTIVE = 10_000, 256
 #: Prior draws of one try of rejection, and the most tries.
 PROPOSALS, TRIES = 10_000, 1_000
 
@@ -300,7 +304,8 @@ def refine(
 ) -> tuple[AmortizedPosterior, SVIFit]:
     """Train the amortised posterior of one observation further, by the model's likelihood.
 
-    A few steps of `pyroflows.fit_svi` on a copy; the guide stays as it is. The amortised posterior
+    A few steps of `pyroflows.fit_svi` on a copy; the guide stays as it is, and so does the copy
+    where its draws have not become more effective. The amortised posterior
     covers the exact one nearly, so its own draws, weighted by the likelihood, estimate the forward
     divergence: unlike the ELBO's it does not leave a mode, and knows hard edges of a support.
 
@@ -315,7 +320,8 @@ def refine(
     model_kwargs
         The model's keyword arguments.
     steps, lr, **options
-        Of `pyroflows.fit_svi`.
+        Of `pyroflows.fit_svi`. The ``draws`` of a step are by default as many as it takes for 256
+        to be effective, from 512 to 4096.
 
     Returns
     -------
@@ -341,6 +347,17 @@ def refine(
     """
     kwargs = dict(model_kwargs or {})
     posterior = guide.posterior(data, *args, **kwargs)
-    options = {"starts": 0, "estimator": "forward", "draws": 512, **options}
+    look: dict[str, Any] = {
+        "model_kwargs": kwargs,
+        "num_samples": LOOK,
+        "seed": options.get("seed"),
+    }
+    before = psis(posterior, *args, **look)
+    kept = copy.deepcopy(posterior.state_dict())
+    draws = min(max(int(EFFECTIVE * LOOK / before.ess), 2 * EFFECTIVE), 16 * EFFECTIVE)
+    options = {"starts": 0, "estimator": "forward", "draws": draws, **options}
     fit = fit_svi(posterior, *args, model_kwargs=kwargs, steps=steps, lr=lr, **options)
+    if psis(posterior, *args, **look).ess < before.ess:
+        posterior.load_state_dict(kept)
+        fit = replace(fit, psis=before, stop_reason="it got no better: all is as it was")
     return posterior, fit
