@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers bench benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers bench benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer bench-vae lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -36,6 +36,9 @@ bench-mcmc: $(READY)
 
 bench-sbi: $(READY)
 	$(BIN)/python -m tests.benchmarks.sbi --page $(if $(wildcard build/sbi),--peer build/sbi/bin/python)
+
+bench-vae: $(READY)
+	$(BIN)/python -m tests.benchmarks.vae --page
 
 # The package sbi in an environment of its own, for bench-sbi to run beside.
 bench-sbi-peer:
