@@ -374,7 +374,7 @@ def test_other_guides_are_refused() -> None:
     ("wrong", "match"),
     [
         ({"estimator": "score"}, "estimator: expected one of 'stl', 'total', .*got 'score'"),
-        ({"draws": 0}, "draws: expected at least 1"),
+        ({"draws": 0}, "draws: expected at least one"),
         ({"steps": 0}, "steps: expected at least 1"),
         ({"lr": -1.0}, "lr: expected a positive"),
         ({"psis_samples": 50}, "psis_samples: expected 0 or at least 100, got 50"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor
 
 import pyroflows as pf
-from pyroflows.training import NegativeELBO
+from pyroflows.training import Annealing, NegativeELBO
 from tests.models import (
     exact_gaussian_guide,
     gaussian,
@@ -127,3 +129,67 @@ def test_the_loss_is_the_mean_over_its_draws() -> None:
         pyro.set_rng_seed(4)
         loss = NegativeELBO(guide, 8, estimator)((y,))
         assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_annealed_draws_are_weighted_to_the_square_over_the_guide() -> None:
+    """Of two normals one apart, p^2 / q is a normal two away, times e to the squared distance."""
+    dimension, draws = 3, 4000
+    apart = torch.tensor([1.0, -0.5, 0.0], dtype=torch.float64)
+    q = dist.Normal(torch.zeros_like(apart), 1.0).to_event(1)
+    p = dist.Normal(apart, 1.0).to_event(1)
+    anneal = Annealing()
+    anneal(q.sample((500,)), p.log_prob, q.log_prob)  # the size of its steps is learned
+    z, log_weights = anneal(q.sample((draws,)), p.log_prob, q.log_prob)
+    share = log_weights.softmax(0)
+    effective = 1 / share.square().sum()
+    assert effective > draws / 2
+    mean = share @ z
+    assert (mean - 2 * apart).abs().max() < 5 / effective**0.5
+    assert ((share @ (z - mean).square()) - 1).abs().max() < 5 * (2 / effective) ** 0.5
+    log_integral = log_weights.logsumexp(0) - math.log(draws)
+    assert abs(log_integral - apart.square().sum()) < 5 / effective**0.5
+    assert z.shape == (draws, dimension)
+
+
+def test_annealed_draws_stay_where_there_is_a_density() -> None:
+    q = dist.Normal(torch.zeros(1), 1.0).to_event(1)
+    half = dist.HalfNormal(torch.ones(1), validate_args=False).to_event(1)
+    points = q.sample((500,)).abs()
+    z, log_weights = Annealing()(points, half.log_prob, q.log_prob)
+    assert (z >= 0).all()
+    assert log_weights.isfinite().all()
+
+
+def test_fab_has_the_bound_for_a_value_and_parameters_of_the_model_follow_it() -> None:
+    y = gaussian_data(dtype=torch.float64)
+    guide = exact_gaussian_guide(y)
+    loss = NegativeELBO(guide, 64, "fab")
+    value = loss((y,))
+    assert value.item() == pytest.approx(-float(gaussian_evidence(y)), abs=1e-3)
+    # Of an exact guide the draws weigh the same, and the gradient is noise around zero.
+    runs = torch.stack([gradients(guide, "fab", 256, y) for _ in range(20)])
+    assert (runs.mean(0).abs() < 5 * runs.std(0) / 20**0.5 + 1e-9).all()
+
+
+def two_modes() -> None:
+    """Two normals sixteen deviations apart, three tenths of the mass on the left."""
+    shares = dist.Categorical(torch.tensor([0.3, 0.7]))
+    modes = dist.Normal(torch.tensor([[-4.0, -4.0], [4.0, 4.0]]), 0.7).to_event(1)
+    x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    pyro.factor("density", dist.MixtureSameFamily(shares, modes).log_prob(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("estimator", "left"), [("fab", 0.3), ("stl", 0.0)])
+def test_fab_finds_separated_modes_of_which_the_lower_bound_keeps_one(
+    estimator: Any, left: float
+) -> None:
+    guide = pf.AutoFlow(two_modes, partial(pf.NSF, transforms=3, bins=8), init_scale=4.0)
+    options = {"starts": 0, "steps": 200, "lr": 0.005, "seed": 0, "progress": False}
+    result = pf.fit_svi(guide, estimator=estimator, **options)
+    x = guide.sample(4000)["x"]
+    assert (x[:, 0] < 0).double().mean().item() == pytest.approx(left, abs=0.03)
+    # The evidence is one; the weights of a guide on one mode say nothing of the other.
+    found = 1 if left else 0.7
+    assert result.psis is not None
+    assert result.psis.log_evidence == pytest.approx(math.log(found), abs=0.05)

@@ -6,7 +6,9 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import arviz as az
@@ -15,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import xarray as xr
 from pyro import poutine
 from pyro.infer import HMC, MCMC, NUTS
 from pyro.infer.autoguide import AutoMultivariateNormal
@@ -237,6 +240,23 @@ def test_auto_flow() -> None:
         np.testing.assert_allclose(stats["lp"], guide.log_joint(latents, SIGMA, Y), rtol=1e-4)
     assert list(idata.posterior) == ["mu", "tau", "eta", "theta"]
     assert guide.training
+
+
+def test_a_report_goes_along(tmp_path: Path) -> None:
+    guide = AutoFlow(schools, example_args=(SIGMA, Y))
+    report = pf.psis(guide, SIGMA, Y, num_samples=200, seed=0)
+    assert not any(key.startswith("psis") for key in to_arviz(guide, SIGMA, Y).sample_stats.attrs)
+    seen = replace(report, missed=0.5)
+    for given, named in ((report, "verdict"), (seen, "missed")):
+        idata = to_arviz(guide, SIGMA, Y, num_samples=50, report=given)
+        idata.sample_stats.to_netcdf(tmp_path / f"{named}.nc")
+        attrs = xr.load_dataset(tmp_path / f"{named}.nc").attrs
+        figures = given.figures()
+        assert named in figures
+        for name, value in figures.items():
+            assert np.array_equal(attrs[f"psis_{name}"], value)
+    assert attrs["psis_verdict"] == "do not trust"
+    assert attrs["psis_advice"].startswith("about 33% of the posterior lies")
 
 
 # -- MCMC

@@ -97,6 +97,28 @@ class PSIS:
         """The largest k-hat at which this many draws give a reliable estimate."""
         return min(1 - 1 / math.log10(max(self.num_samples, 11)), 0.7)
 
+    def figures(self) -> dict[str, Any]:
+        """Verdict, advice and every number of the report, by name: for tables and files."""
+        names = ("ess", "log_evidence", "log_evidence_error", "elbo", "shift", "stretch", "split")
+        found = {
+            "verdict": self.verdict,
+            "advice": self._advice(),
+            "k_hat": self.k_hat,
+            "k_hat_interval": list(self.k_hat_interval),
+            "num_samples": self.num_samples,
+            **{name: getattr(self, name) for name in names},
+            "dropped": self.dropped,
+        }
+        # Formats such as netCDF have no word for nothing.
+        return found if self.missed is None else {**found, "missed": self.missed}
+
+    def _advice(self) -> str:
+        return {
+            "good": "the draws can be used as they are",
+            "use with weights": "take .resample(n) instead of the draws themselves",
+            "do not trust": "; ".join(self._warnings()),
+        }[self.verdict]
+
     @property
     def verdict(self) -> str:
         """One of "good", "use with weights" and "do not trust".
@@ -146,14 +168,9 @@ class PSIS:
         return self.unpack(self.latents[index])
 
     def __str__(self) -> str:
-        advice = {
-            "good": "the draws can be used as they are",
-            "use with weights": "take .resample(n) instead of the draws themselves",
-            "do not trust": "; ".join(self._warnings()),
-        }
         low, high = self.k_hat_interval
         lines = [
-            f"{self.verdict}: {advice[self.verdict]}",
+            f"{self.verdict}: {self._advice()}",
             f"  k-hat          {self.k_hat:.2f} ({low:.2f} to {high:.2f}), "
             f"reliable below {self.threshold:.2f}",
             f"  effective      {self.ess:.0f} of {self.num_samples} draws",

@@ -13,6 +13,7 @@ import numpy as np
 from pyroflows.diagnostics.draws import draw_posterior
 from pyroflows.diagnostics.groups import Array, Exporter, Group, without_model
 from pyroflows.diagnostics.predictions import isolated
+from pyroflows.diagnostics.psis import PSIS
 
 Backend = Literal["auto", "arviz", "arviz-base"]
 
@@ -27,6 +28,7 @@ def to_arviz(
     *args: Any,
     model_kwargs: Mapping[str, Any] | None = None,
     num_samples: int = 1000,
+    report: PSIS | None = None,
     log_likelihood: bool = True,
     posterior_predictive: bool = True,
     prior: bool = True,
@@ -69,6 +71,9 @@ def to_arviz(
         The model's keyword arguments.
     num_samples
         Draws from the guide (all draws of an MCMC run are taken), and from the prior.
+    report
+        What is known of the guide, ``fit.psis`` or `psis`'s: its `PSIS.figures`, the verdict among
+        them, become attributes of ``sample_stats`` with the prefix ``psis_``.
     log_likelihood, posterior_predictive, prior
         Whether to evaluate these groups. They run the model: at all draws at once where it
         broadcasts, else draw by draw.
@@ -141,7 +146,9 @@ def to_arviz(
         for group, variables in groups.items()
         if variables
     }
-    datasets["sample_stats"].attrs.update(draws.attrs)
+    figures = {} if report is None else report.figures()
+    attrs = draws.attrs | {f"psis_{name}": value for name, value in figures.items()}
+    datasets["sample_stats"].attrs.update(attrs)
     return assemble(datasets)
 
 

@@ -1,6 +1,7 @@
 """Fitting: one loop behind maximum likelihood and variational inference."""
 
 from pyroflows.training.amortized import AmortizedELBO
+from pyroflows.training.annealing import Annealing
 from pyroflows.training.files import RowFile
 from pyroflows.training.flow_matching import FlowMatchingLoss, fit_flow_matching
 from pyroflows.training.losses import NegativeELBO, NegativeLogLikelihood
@@ -13,6 +14,7 @@ from pyroflows.training.svi import fit_svi
 
 __all__ = [
     "AmortizedELBO",
+    "Annealing",
     "FlowMatchingFit",
     "FlowMatchingLoss",
     "History",

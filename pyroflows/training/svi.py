@@ -30,7 +30,7 @@ from pyroflows.training.start import find_start, missed_mass
 
 #: Steps between looks at the guide; draws of a look, each of which must find enough before the next
 #: are made; how far weights may then move a mean, in deviations, or the logarithm of a deviation.
-LOOK_EVERY, LOOK, STEADY = 25, (1000, 4000), 0.07
+LOOK_EVERY, LOOK, STEADY = 25, (1000, 3000, 6000), 0.06
 
 
 def fit_svi(
@@ -88,7 +88,7 @@ def fit_svi(
     model_kwargs
         The model's keyword arguments.
     estimator
-        ``"stl"``, ``"total"``, ``"iw"``, ``"renyi"`` or ``"forward"``, see
+        ``"stl"``, ``"total"``, ``"iw"``, ``"renyi"``, ``"forward"`` or ``"fab"``, see
         `pyroflows.training.NegativeELBO`.
     draws
         Draws per step; by default 256, or 1 of each row of an amortised guide.
@@ -98,7 +98,7 @@ def fit_svi(
         Most steps in all; 0 for the Gaussian alone.
     enough
         Share of effective draws at which to end, if their weights then move neither means nor
-        deviations by more than 7%.
+        deviations by more than 6%.
     steps
         So many steps instead, whatever the draws' effectiveness, with a learning rate that falls to
         zero.

@@ -26,7 +26,8 @@ HEAD = """# Guides
 `make bench-vi` runs what has no result yet, each run in a process of its own, and writes this
 page from the results. Those of posteriordb need its data and reference draws, under the folder
 that `PYROFLOWS_DATA` names. The figures come from one thread of a two-core CPU, in float64, torch
-{torch}; seconds are of CPU time, for the fit and its report alone.
+{torch}; seconds are of CPU time, for the fit and its report alone. Results are kept: a row may come
+from an earlier commit than the latest.
 
 A *centre error* is the distance between a mean and the true one in true standard deviations, the
 worst over all scalars of the posterior; a *spread error* is the worst absolute logarithm of a
