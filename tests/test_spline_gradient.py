@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyroflows.numerics import rational_quadratic_spline
+from pyroflows.numerics.concrete import recording
 from pyroflows.numerics.quadratic import _Spline
 
 F64 = torch.float64
@@ -135,3 +136,20 @@ def test_no_number_of_bins_fits() -> None:
         rational_quadratic_spline(torch.zeros(3), torch.zeros(12, 3), 1.0)
     with pytest.raises(ValueError, match=r"params: expected a first dimension of 3 bins, got"):
         rational_quadratic_spline(torch.zeros(3), torch.zeros(11, 3), 1.0, periodic=True)
+
+
+@WAYS
+@BOXES
+@pytest.mark.parametrize("bins", [1, 2, 8])
+def test_what_is_recorded_for_a_compiler_is_the_same(
+    bins: int, periodic: bool, inverse: bool
+) -> None:
+    x, params = points(), raw(bins, periodic, 100)
+
+    def spline(x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        return rational_quadratic_spline(x, params, BOUND, inverse, periodic)
+
+    expected = gradients(spline, x, params)
+    with recording():
+        got = gradients(spline, x, params)
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)

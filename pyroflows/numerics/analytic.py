@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyroflows.numerics.concrete import has_values
+from pyroflows.numerics.concrete import is_plain
 
 
 class ElementwiseMap(Protocol):
@@ -47,8 +47,8 @@ def apply(mapping: ElementwiseMap, x: Tensor, params: Tensor) -> tuple[Tensor, T
     if x.shape != shape:
         # The function of torch is slow.
         x = x.expand(torch.broadcast_shapes(x.shape, shape))
-    is_plain = has_values(params) and forward_ad._current_level < 0
-    if x.shape != shape or x.dtype != params.dtype or not is_plain:
+    plain = is_plain(params) and forward_ad._current_level < 0
+    if x.shape != shape or x.dtype != params.dtype or not plain:
         return mapping.composed(x, params)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):
         y, ladj = _Analytic.apply(x, params, mapping)
@@ -71,7 +71,7 @@ class _Analytic(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, params, *saved = ctx.saved_tensors
         of_x, of_params = ctx.needs_input_grad[:2]
-        if not torch.is_grad_enabled() and all(map(has_values, grads)):
+        if not torch.is_grad_enabled() and all(map(is_plain, grads)):
             return *ctx.mapping.gradient(params, tuple(saved), *grads, of_params), None
         # Gradients that are differentiated again, or batched.
         again = torch.is_grad_enabled()

@@ -1,9 +1,15 @@
-"""Whether a tensor's values can be looked at."""
+"""Whether a tensor's values can be looked at, and who looks at its operations."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
+
+_RECORDING: ContextVar[bool] = ContextVar("recording", default=False)
 
 
 def has_values(value: Tensor) -> bool:
@@ -17,6 +23,11 @@ def has_values(value: Tensor) -> bool:
     >>> has_values(torch.zeros(2)), has_values(torch.zeros(2, device="meta"))
     (True, False)
     """
+    return not is_recording() and is_plain(value)
+
+
+def is_plain(value: Tensor) -> bool:
+    """Whether nothing but autograd, and perhaps a recorder, looks at a tensor's operations."""
     return not (
         value.is_meta
         or torch.compiler.is_compiling()
@@ -25,3 +36,18 @@ def has_values(value: Tensor) -> bool:
         # In a batched backward pass no interpreter is left on the stack.
         or torch._C._functorch.is_legacy_batchedtensor(value)
     )
+
+
+def is_recording() -> bool:
+    """Whether operations, those of backward passes too, are being recorded for a compiler."""
+    return _RECORDING.get()
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Announce that operations are recorded, to be fused: their number costs, not their memory."""
+    token = _RECORDING.set(True)
+    try:
+        yield
+    finally:
+        _RECORDING.reset(token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyroflows.numerics import analytic
+from pyroflows.numerics.concrete import is_recording
 from pyroflows.numerics.splines import LOG_SLOPE, MIN_BIN_SIZE, Bins, knot_slopes
 
 #: Of the raw logarithms of slopes, see `soft_clamp`.
@@ -241,26 +243,62 @@ def _own_bin(given: Tensor, raw: Tensor, spline: _Spline) -> _Bin:
     """The bins of points ``(N,)``, in units in which a bin is its share and a floor."""
     bins = (len(raw) + 1) // 3
     shares = raw[: 2 * bins].view(2, bins, -1).softmax(1)
-    sums = pad(shares[:, :-1].cumsum(1), (0, 0, 1, 1))
-    sums[:, -1] = 1
     floor = _units(bins, spline.bound)[0]
     half = (1 + bins * floor) / 2
-    numbers = torch.arange(1, bins, dtype=given.dtype, device=given.device).unsqueeze(-1)
-    inner = torch.add(sums[int(spline.inverse), 1:-1], numbers, alpha=floor)
-    # A sum of ones of the points' dtype: sums of booleans are several times slower.
-    number = inner.le_(given + half).sum(0)
-    ends = torch.stack([number, number + 1])
-    index = ends.long()
-    before = sums.gather(1, index.expand(2, 2, -1))
+    locate = _locate_fused if is_recording() else _locate
+    number, before, stretched = locate(given + half, shares, raw[2 * bins :], floor, spline)
     # A knot is rounded in one way from both sides, so that pieces meet.
+    ends = torch.stack([number, number + 1])
     knots = torch.add(before, ends, alpha=floor).sub_(half)
-    slopes = raw[2 * bins :]
-    at_knots = torch.cat([slopes, slopes[:1]]) if spline.periodic else pad(slopes, (0, 0, 1, 1))
-    stretched = at_knots.gather(0, index).mul_(STRETCH)
+    stretched = stretched.mul_(STRETCH)
     slopes = (stretched.atan() / STRETCH).exp_()
     left, bottom = knots[:, 0]
     width, height = knots[:, 1] - knots[:, 0]
     return _Bin(shares, number, before, left, bottom, width, height, slopes, stretched)
+
+
+def _locate(
+    above: Tensor, shares: Tensor, slopes: Tensor, floor: float, spline: _Spline
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the bins of points ``above`` the box's start: number, shares before, raw slopes at ends.
+
+    Few passes over memory: sums of all shares, and picks by index.
+    """
+    bins = shares.shape[1]
+    sums = pad(shares[:, :-1].cumsum(1), (0, 0, 1, 1))
+    sums[:, -1] = 1
+    numbers = torch.arange(1, bins, dtype=above.dtype, device=above.device).unsqueeze(-1)
+    inner = torch.add(sums[int(spline.inverse), 1:-1], numbers, alpha=floor)
+    # A sum of ones of the points' dtype: sums of booleans are several times slower.
+    number = inner.le_(above).sum(0)
+    index = torch.stack([number, number + 1]).long()
+    before = sums.gather(1, index.expand(2, 2, -1))
+    at_knots = torch.cat([slopes, slopes[:1]]) if spline.periodic else pad(slopes, (0, 0, 1, 1))
+    return number, before, at_knots.gather(0, index)
+
+
+def _locate_fused(
+    above: Tensor, shares: Tensor, slopes: Tensor, floor: float, spline: _Spline
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_locate`, for a compiler that fuses: sums over masks, which need no memory.
+
+    Picks by index become scalar code there, and so do cumulative sums, of which Inductor has
+    compiled wrong gradients.
+    """
+    bins = shares.shape[1]
+    counts = torch.arange(bins, dtype=above.dtype, device=above.device).unsqueeze(-1)
+    sums = torch.stack(list(accumulate(shares[int(spline.inverse)])))[:-1]
+    passed = torch.add(sums, counts[1:], alpha=floor) <= above
+    number = passed.to(above.dtype).sum(0)
+    own = counts == number
+    start = torch.where(passed, shares[:, :-1], 0.0).sum(1)
+    stop = start + torch.where(own, shares, 0.0).sum(1)
+    if spline.periodic:
+        at_ends = (own, slopes), (own, slopes.roll(-1, 0))
+    else:
+        at_ends = (own[1:], slopes), (own[:-1], slopes)
+    stretched = [torch.where(here, values, 0.0).sum(0) for here, values in at_ends]
+    return number, torch.stack([start, stop], 1), torch.stack(stretched)
 
 
 def _units(bins: int, bound: float) -> tuple[float, float]:

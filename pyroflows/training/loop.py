@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from pyroflows.errors import FitError
 from pyroflows.training import processes
 from pyroflows.training.adam import Adam
+from pyroflows.training.compiled import CompiledStep
 from pyroflows.training.data import Epochs
 from pyroflows.training.result import History
 
@@ -69,6 +70,8 @@ class Loop:
         Whether to show a bar; None for only in interactive use.
     title, unit
         What the bar says, read at every check, and what it calls the loss.
+    compiled
+        Takes the steps that it can, in one graph each.
     save, resume
         Called with the state of the loop at every check, and such a state to go on from: nested
         dictionaries of tensors and numbers.
@@ -89,6 +92,7 @@ class Loop:
     title: str
     unit: str = "nats"
     history: History = field(default_factory=History)
+    compiled: CompiledStep | None = None
     save: Callable[[dict[str, Any]], None] | None = None
     resume: dict[str, Any] | None = None
     weigh: Callable[..., float] = lambda *batch: 1.0
@@ -130,6 +134,8 @@ class Loop:
             reason = "it was interrupted"
         finally:
             self._restore()
+            if self.compiled is not None:
+                self.compiled.release()
         return reason, time.perf_counter() - start
 
     def _train(self, bar: Any) -> str:
@@ -163,18 +169,27 @@ class Loop:
 
     def _step(self, step: int) -> None:
         """One step; nothing is read from the device."""
+        batch, rate = next(self.batches), self._rate(step)
+        loss = self.compiled.take(self._adam, rate, batch) if self.compiled is not None else None
+        if loss is None:
+            loss, bad = self._eager(rate, batch)
+        else:
+            bad = torch.zeros_like(loss)
+        self._unread.append(torch.stack([loss, bad.to(loss)]))
+        if self.enough is not None:
+            self._average(step)
+
+    def _eager(self, rate: float, batch: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        """A step operation by operation: the loss before it, and whether it was left out."""
         self._adam.zero_grad()
-        batch = next(self.batches)
         loss = self.loss(*batch)
         loss.backward()
         weight = self.weigh(*batch)
         loss = processes.average_gradients_(self.parameters, loss.detach(), weight)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
         bad = ~norm.isfinite()
-        self._unread.append(torch.stack([loss, bad.to(loss)]))
-        self._adam.step(self._rate(step), unless=bad)
-        if self.enough is not None:
-            self._average(step)
+        self._adam.step(rate, unless=bad)
+        return loss, bad
 
     @torch.no_grad()
     def _average(self, step: int) -> None:

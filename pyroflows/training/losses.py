@@ -13,6 +13,7 @@ from pyroflows.distributions import FlowDistribution
 from pyroflows.errors import FitError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
+from pyroflows.numerics import has_values
 from pyroflows.training.annealing import Annealing
 
 Estimator = Literal["stl", "total", "iw", "renyi", "forward", "fab"]
@@ -105,7 +106,8 @@ class NegativeELBO(nn.Module):
             latents, log_q = latents.detach(), log_q.detach()
         log_p = self.guide.log_joint(latents, *args, **kwargs)
         usable = log_p.isfinite() & log_q.isfinite()
-        if not usable.all():
+        # A recorded step cannot look: it comes out infinite, and is taken again by this way.
+        if has_values(usable) and not usable.all():
             self.dropped += int((~usable).sum())
             if not usable.any():
                 raise FitError(

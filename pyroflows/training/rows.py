@@ -15,6 +15,7 @@ from pyroflows.errors import DataError
 from pyroflows.flows import Flow
 from pyroflows.numerics import forked_rng
 from pyroflows.training.checkpoint import Checkpoint
+from pyroflows.training.compiled import CompiledStep
 from pyroflows.training.data import (
     MIN_ROWS,
     Batch,
@@ -54,6 +55,7 @@ def fit_rows(
     seed: int | None,
     title: str,
     unit: str = "nats",
+    compile: bool = False,
     check_loss: nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[History, str, float]:
@@ -67,10 +69,11 @@ def fit_rows(
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
         train, batches, held_out = _prepare(flow, x, context, validation, batch_size, generator)
         sharded = isinstance(train, FileRows) and isinstance(validation, Real)
+        parameters: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
         loop = Loop(
             loss=loss,
             batches=batches,
-            parameters=[p for p in loss.parameters() if p.requires_grad],
+            parameters=parameters,
             steps=steps,
             lr=lr,
             clip_norm=clip_norm,
@@ -81,6 +84,7 @@ def fit_rows(
             title=title,
             unit=unit,
             weigh=lambda x, context: len(x),
+            compiled=CompiledStep(loss, parameters, clip_norm) if compile else None,
         )
         stored = _keep(loop, flow, checkpoint) if checkpoint is not None else None
         # After the checks of all arguments: what is refused stays as it is.

@@ -1,0 +1,225 @@
+"""A training step as one compiled graph: loss, gradient and Adam's update."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from pyroflows.numerics import forked_rng
+from pyroflows.numerics.concrete import recording
+from pyroflows.training.recorded import in_double, inductor, record
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[Any, ...]
+#: How far compiled gradients may be from those of float64 and from eager ones, relative to their
+#: norm and in units of the square root of the dtype's rounding: about 0.003 in float32.
+TOLERANCE = 10.0
+
+
+class CompiledStep:
+    """Steps of Adam with clipped gradients, without Python between a step's operations.
+
+    The operations of loss, backward pass and update are recorded once and compiled by Inductor.
+    Parameters and Adam's moments become views of three vectors that the graph updates in place, so
+    that module, optimiser and checkpoints see every step. A step whose batch has another shape than
+    the first, or whose loss or gradient is not finite, is left undone, for the caller to take in
+    eager mode. What cannot be recorded, as branches on values, or comes out wrong is left so for
+    good, with a message. One object serves one fit: what is no parameter stays as it is.
+
+    Parameters
+    ----------
+    loss
+        From a batch to a scalar. Random numbers are drawn as in eager mode.
+    parameters
+        What is trained.
+    clip_norm
+        Largest norm of the gradient.
+
+    Attributes
+    ----------
+    seconds
+        What recording, compiling and checking have taken.
+    refused
+        Why all steps are eager; empty where they are not.
+    """
+
+    def __init__(self, loss: nn.Module, parameters: Sequence[Tensor], clip_norm: float) -> None:
+        self.loss, self.parameters, self.clip_norm = loss, list(parameters), clip_norm
+        self.seconds = 0.0
+        self.refused = ""
+        self._state: _State | None = None
+        self._graph: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self._batch: Batch = ()
+
+    def take(self, adam: Adam, lr: float, batch: Batch) -> Tensor | None:
+        """One step; the loss before it, or None where nothing was done."""
+        if self.refused:
+            return None
+        if self._state is None:
+            self._state = _State(adam)
+            self._compile([*self._state.inputs(lr), *_tensors(batch)], batch)
+        if self._graph is None or not _alike(batch, self._batch):
+            return None
+        before = torch.get_rng_state()
+        loss, norm, _ = self._graph(*self._state.inputs(lr), *_tensors(batch))
+        if not (loss + norm).isfinite():
+            torch.set_rng_state(before)
+            return None
+        return loss
+
+    def release(self) -> None:
+        """Give every parameter memory of its own again."""
+        for parameter in self.parameters:
+            parameter.data = parameter.detach().clone()
+        self._state = None
+
+    def _compile(self, inputs: list[Tensor], batch: Batch) -> None:
+        start = time.perf_counter()
+        self._batch = batch
+        validation = Distribution._validate_args
+        try:
+            self._graph = self._checked(inputs, batch)
+            logger.info("compiled in %.1f s", time.perf_counter() - start)
+        except Exception as error:  # of whatever kind: the eager step is still there
+            self.refused = str(error).partition("\n")[0] or type(error).__name__
+            logger.warning(
+                "The step cannot be compiled (%s): it is taken operation by operation.",
+                self.refused,
+            )
+        finally:
+            # Torch's compiler switches the validation of all distributions off.
+            Distribution.set_default_validate_args(validation)
+        self.seconds += time.perf_counter() - start
+
+    def _checked(self, inputs: list[Tensor], batch: Batch) -> Callable[..., Any]:
+        """The compiled step; `ArithmeticError` where its gradient is not that of other ways."""
+
+        def copies() -> list[Tensor]:
+            return [t.clone() for t in inputs]
+
+        with forked_rng(0):
+            eager = self._value_and_gradient(inputs[0].clone(), batch)[1].double()
+        with recording(), forked_rng(0), torch.no_grad():
+            recorded = record(self._step_of(batch), copies())
+        graph = inductor(recorded, copies())
+        with forked_rng(0):
+            gradient = graph(*copies())[2].double()
+        with forked_rng(0):
+            exact = in_double(recorded, copies())[2]
+        eps = torch.finfo(inputs[0].dtype).eps
+        limit = TOLERANCE * eps**0.5 * (eps + exact.norm())
+        for name, other in {"eager": eager, "float64's": exact}.items():
+            apart = (gradient - other).norm()
+            if not apart <= limit:
+                raise ArithmeticError(f"its gradient is off the {name} one by {float(apart):.2g}")
+        return graph
+
+    def _step_of(self, batch: Batch) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        """Loss, gradient's norm and gradient; flat vectors are updated in place."""
+        beta1, beta2, eps = 0.9, 0.999, 1e-8
+
+        def step(
+            flat: Tensor, mean: Tensor, square: Tensor, counts: Tensor, lr: Tensor, *rows: Tensor
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            loss, gradient = self._value_and_gradient(flat, _with_tensors(batch, rows))
+            norm = gradient.norm()
+            clipped = gradient * (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            count = counts[0].double() + 1
+            new_mean = mean.lerp(clipped, 1 - beta1)
+            new_square = beta2 * square + (1 - beta2) * clipped.square()
+            root = (new_square / (1 - beta2**count)).sqrt() + eps
+            new_flat = flat - lr / (1 - beta1**count) * new_mean / root
+            usable = (loss + norm).isfinite()
+            news = (new_flat, new_mean, new_square, counts + 1)
+            for old, new in zip((flat, mean, square, counts), news, strict=True):
+                old.copy_(torch.where(usable, new, old))
+            return loss, norm, gradient
+
+        return step
+
+    def _value_and_gradient(self, flat: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        parts = [part.detach().requires_grad_() for part in _split(flat, self.parameters)]
+        with torch.enable_grad(), _replaced(self.loss, self.parameters, parts):
+            loss = self.loss(*batch)
+            found = torch.autograd.grad(loss, parts, materialize_grads=True)
+        return loss.detach(), torch.cat([part.reshape(-1) for part in found])
+
+
+class _State:
+    """Parameters and an Adam's moments as views of flat vectors, one after the other."""
+
+    def __init__(self, adam: Adam) -> None:
+        self.flat = _joined([parameter.detach() for parameter in adam.parameters])
+        self.mean, self.square = _joined(adam.means), _joined(adam.squares)
+        self.counts = torch.stack(adam.steps)
+        self.lr = torch.zeros((), dtype=torch.float64, device=self.flat.device)
+        for parameter, value in zip(
+            adam.parameters, _split(self.flat, adam.parameters), strict=True
+        ):
+            parameter.data = value
+        adam.means = _split(self.mean, adam.parameters)
+        adam.squares = _split(self.square, adam.parameters)
+        adam.steps = list(self.counts)
+
+    def inputs(self, lr: float) -> list[Tensor]:
+        self.lr.fill_(lr)
+        return [self.flat, self.mean, self.square, self.counts, self.lr]
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]
+
+
+def _tensors(batch: Batch) -> list[Tensor]:
+    return [part for part in batch if isinstance(part, Tensor)]
+
+
+def _with_tensors(batch: Batch, tensors: Sequence[Tensor]) -> Batch:
+    """The batch with other tensors in the places of its own."""
+    rest = iter(tensors)
+    return tuple(next(rest) if isinstance(part, Tensor) else part for part in batch)
+
+
+def _alike(batch: Batch, other: Batch) -> bool:
+    """Whether two batches have tensors of the same shapes, and are the same beside them."""
+    return len(batch) == len(other) and all(
+        a.shape == b.shape if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
+        for a, b in zip(batch, other, strict=True)
+    )
+
+
+@contextmanager
+def _replaced(
+    module: nn.Module, parameters: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> Iterator[None]:
+    """Let a module compute with other tensors in the places of some of its parameters."""
+    by_id = {id(p): tensor for p, tensor in zip(parameters, tensors, strict=True)}
+    places = [
+        (part._parameters, name, own)
+        for part in module.modules()
+        for name, own in part._parameters.items()
+        if id(own) in by_id
+    ]
+    missing = len(by_id) - len({id(own) for *_, own in places})
+    if missing:
+        raise NotImplementedError(f"{missing} parameters belong to the model, not to the guide")
+    try:
+        for holder, name, own in places:
+            holder[name] = by_id[id(own)]  # type: ignore[assignment]
+        yield
+    finally:
+        for holder, name, own in places:
+            holder[name] = own

@@ -1,0 +1,57 @@
+"""Recorded operations: compiled, and evaluated in double precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+
+def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
+    """The tensor operations of a function; branches on values raise."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function)(*inputs)
+
+
+def inductor(recorded: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Recorded operations compiled by Inductor, random numbers drawn as in eager mode."""
+    from torch import _inductor
+
+    # Unrolled reductions over bins take long to compile, and are no faster.
+    with _inductor.config.patch(fallback_random=True, unroll_reductions_threshold=1):
+        return cast("Callable[..., Any]", _inductor.compile(recorded, list(inputs)))
+
+
+@torch.no_grad()
+def in_double(recorded: fx.GraphModule, inputs: Sequence[Tensor]) -> Any:
+    """Recorded operations in double precision, with the random numbers of single precision."""
+    if inputs[0].dtype == torch.float64:
+        return recorded(*inputs)
+    return _InDouble(recorded).run(*map(_double, inputs))
+
+
+def _double(value: Any) -> Any:
+    if value is torch.float32:
+        return torch.float64
+    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
+
+
+def _single(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.float64 else value
+
+
+class _InDouble(fx.Interpreter):
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return _double(super().get_attr(target, args, kwargs))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
+            # In double precision the generator would give other numbers.
+            args, kwargs = tree_map(_single, (args, kwargs))
+            return tree_map(_double, super().call_function(target, args, kwargs))
+        args, kwargs = tree_map(_double, (args, kwargs))
+        return super().call_function(target, args, kwargs)
