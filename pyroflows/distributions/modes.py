@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.distributions.bases import Base
-from pyroflows.numerics import has_values
+from pyroflows.numerics.concrete import is_plain
 
 
 class FixedMixture(TorchDistribution):
@@ -134,8 +134,8 @@ class Modes(Base):
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
         used = len(self.log_weights)
-        if has_values(self.log_weights):
-            used = int(self.log_weights.isfinite().sum())
+        if is_plain(self.log_weights):
+            used = sum(map(math.isfinite, self.log_weights.tolist()))
         if used == 1:
             zero = torch.zeros_like(self.loc[0])
             return dist.Normal(zero, zero + 1, validate_args=False).to_event(1)

@@ -14,6 +14,8 @@ from torch.distributions import Distribution
 
 from pyroflows.numerics import forked_rng
 from pyroflows.numerics.concrete import recording
+from pyroflows.training.adam import Adam
+from pyroflows.training.processes import world
 from pyroflows.training.recorded import in_double, inductor, record
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class CompiledStep:
     def __init__(self, loss: nn.Module, parameters: Sequence[Tensor], clip_norm: float) -> None:
         self.loss, self.parameters, self.clip_norm = loss, list(parameters), clip_norm
         self.seconds = 0.0
-        self.refused = ""
+        self.refused = "several processes average their gradients" if world()[1] > 1 else ""
         self._state: _State | None = None
         self._graph: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self._batch: Batch = ()
