@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from itertools import pairwise
 from typing import cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional
 
 from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, linear_by_output, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
+from pyroflows.numerics.concrete import has_values
 
 Unrolled = Generator[Tensor, Tensor, None]
 
@@ -156,41 +158,47 @@ class MaskedResidualMLP(ZeroStart):
         start = layers[0].bias
         if self.context is not None:
             start = start + self.context(context)
-        # All that is pending has the batch of value and context, also where vmap hides it.
-        batch = torch.zeros_like(start[..., :1]) + torch.zeros_like(value[..., :1])
         biases: list[Tensor] = [start, *(layer.bias for layer in layers[1:])]
         biases[-1] = self._in_order(biases[-1])
-        pending = [(bias + batch).reshape(-1, bias.shape[-1]) for bias in biases]
-
-        weights = [layer.masked_weight().mT for layer in layers]
-        weights[0] = weights[0].index_select(0, self.order)
-        weights[-1] = self._in_order(weights[-1])
+        weights = [layer.masked_weight() for layer in layers]
+        weights[0] = weights[0].index_select(1, self.order)
+        weights[-1] = self._in_order(weights[-1].mT).mT.contiguous()
         direct = None
         if self.direct is not None:
-            direct = self._in_order(self.direct.masked_weight().mT.index_select(0, self.order))
-        return batch.shape[:-1], self.order, self._steps(pending, weights, direct)
+            direct = self._in_order(self.direct.masked_weight().index_select(1, self.order).mT).mT
+        # All that is pending has the batch of value and context, also where vmap hides it.
+        batch = torch.zeros_like(start[..., :1]) + torch.zeros_like(value[..., :1])
+        if torch.is_grad_enabled() or not has_values(batch):
+            pending = [(bias + batch).reshape(-1, bias.shape[-1]) for bias in biases]
+            steps = self._push(pending, weights, direct)
+        else:
+            rows = [
+                (bias if bias.dim() == 1 else bias + batch).reshape(-1, bias.shape[-1]).mT
+                for bias in biases
+            ]
+            steps = self._pull(batch.numel(), rows, weights, direct)
+        return batch.shape[:-1], self.order, steps
 
     def _in_order(self, outputs: Tensor) -> Tensor:
         """Outputs in blocks, one a feature, in the order of dependence: ``(..., outputs)``."""
         blocks = outputs.unflatten(-1, (self.count, self.features)).index_select(-1, self.order)
         return blocks.transpose(-1, -2).flatten(-2)
 
-    def _steps(
+    def _push(
         self, pending: list[Tensor], weights: list[Tensor], direct: Tensor | None
     ) -> Unrolled:
         """One step per feature: the units that have all they see send their activation onward.
 
-        ``pending[l]`` is what the units of layer ``l`` have received so far, those that still wait
-        alone; ``weights[l]`` leads into that layer.
+        ``pending[l]``, ``(N, units)``, is what the units of layer ``l`` have received so far, those
+        that still wait alone; ``weights[l]``, ``(units, seen)``, leads into that layer. Nothing is
+        overwritten, as gradients need.
         """
-        # In place where nothing is recorded: it saves a copy of all that waits, at every step.
-        receive = Tensor.addmm if torch.is_grad_enabled() else Tensor.addmm_
         out = len(self.hidden_features)
 
         def push(source: Tensor, weight: Tensor, layer: int) -> None:
             waiting = pending[layer]
-            weight = weight[:, weight.shape[1] - waiting.shape[1] :]
-            pending[layer] = receive(waiting, source, weight)
+            weight = weight[weight.shape[0] - waiting.shape[1] :]
+            pending[layer] = waiting.addmm(source, weight.mT)
 
         for rank in range(self.features):
             known: Tensor | None = None
@@ -201,12 +209,53 @@ class MaskedResidualMLP(ZeroStart):
                     continue
                 new, pending[layer] = _split(pending[layer], stop - start)
                 known = new if known is None or not self._is_residual(layer) else new + known
-                push(self.activation(known), weights[layer + 1][start:stop], layer + 1)
+                push(self.activation(known), weights[layer + 1][:, start:stop], layer + 1)
             outputs, pending[out] = _split(pending[out], self.count)
             x = (yield outputs.mT).unsqueeze(1)
-            push(x, weights[0][rank : rank + 1], 0)
+            push(x, weights[0][:, rank : rank + 1], 0)
             if direct is not None:
-                push(x, direct[rank : rank + 1], out)
+                push(x, direct[:, rank : rank + 1], out)
+
+    def _pull(
+        self, batch: int, biases: list[Tensor], weights: list[Tensor], direct: Tensor | None
+    ) -> Unrolled:
+        """As `_push` without gradients: each unit gathers what it sees, once all of that is known.
+
+        Every number is written once, where adding to all that waits would read and write it at
+        every step. ``biases[l]`` has the shape ``(units, 1)`` or ``(units, N)``.
+        """
+        sizes = [[b - a for a, b in pairwise(units)] for units in self._units]
+        sizes.append([self.count] * self.features)
+        bias, weight = (
+            [part.split(size) for part, size in zip(parts, sizes, strict=True)]
+            for parts in (biases, weights)
+        )
+        around = None if direct is None else direct.split(self.count)
+        values = weights[0].new_empty(self.features, batch)
+        known = [values.new_empty(sum(size), batch) for size in sizes[:-1]]
+        places = [part.split(size) for part, size in zip(known, sizes[:-1], strict=True)]
+        residual = [self._is_residual(layer) for layer in range(len(known))]
+
+        def pull(layer: int, rank: int, source: Tensor, seen: int) -> Tensor:
+            if not seen:
+                return bias[layer][rank].expand(-1, batch)
+            seen_by = weight[layer][rank].narrow(1, 0, seen)
+            return torch.addmm(bias[layer][rank], seen_by, source.narrow(0, 0, seen))
+
+        for rank, place in enumerate(values.unbind()):
+            source, seen, before = values, rank, None
+            for layer, units in enumerate(self._units):
+                new = None
+                if sizes[layer][rank]:
+                    new = pull(layer, rank, source, seen)
+                    if before is not None and residual[layer]:
+                        new = new + before
+                    places[layer][rank].copy_(self.activation(new))
+                source, seen, before = known[layer], units[rank + 1], new
+            outputs = pull(len(known), rank, source, seen)
+            if around is not None and rank:
+                outputs = torch.addmm(outputs, around[rank][:, :rank], values[:rank])
+            place.copy_((yield outputs))
 
 
 def _split(tensor: Tensor, columns: int) -> tuple[Tensor, Tensor]:
