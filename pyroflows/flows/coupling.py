@@ -12,7 +12,7 @@ from pyroflows.flows.autoregressive import autoregressive_layers
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stack import Mixing, mixed
 from pyroflows.flows.supports import inner_features
-from pyroflows.layers import ActNorm, CouplingLayer, Layer
+from pyroflows.layers import ActNorm, CouplingLayer, Inverse, Layer
 from pyroflows.nn.mlp import Activation
 from pyroflows.numerics import binary_code
 from pyroflows.transforms import Additive, Affine, LinearRational, RationalQuadratic, Univariate
@@ -43,6 +43,21 @@ def coupling_layers(
         )
         for i in range(transforms)
     ]
+
+
+def scoring_layers(
+    features: int,
+    context: int,
+    transforms: int,
+    univariate: Univariate,
+    hidden_features: Sequence[int],
+    activation: Activation,
+    autoregressive: bool,
+) -> list[Layer]:
+    """Autoregressive layers or couplings that evaluate the map from data to base."""
+    build = autoregressive_layers if autoregressive else coupling_layers
+    layers = build(features, context, transforms, univariate, hidden_features, activation)
+    return layers if autoregressive else [Inverse(layer) for layer in layers]
 
 
 class NICE(Flow):
@@ -161,7 +176,8 @@ class RealNVP(Flow):
 class NSF(Flow):
     r"""Neural spline flow: monotone splines in couplings or autoregressively.
 
-    As couplings, forward and inverse cost one pass of each of the ``transforms`` networks.
+    As couplings, forward and inverse cost one pass of each of the ``transforms`` networks; the
+    splines lead from data to base, so that densities need no root of a quadratic equation.
     Autoregressively the inverse (the density) costs one pass and the forward direction goes feature
     by feature. Starts as the identity; beyond ``bound`` the splines are the identity.
 
@@ -212,7 +228,7 @@ class NSF(Flow):
         hidden_features: Sequence[int] = (64, 64),
         activation: Activation = nn.SiLU,
         bins: int = 8,
-        bound: float = 5.0,
+        bound: float = 4.0,
         spline: Literal["quadratic", "linear"] = "quadratic",
         autoregressive: bool = False,
         mixing: Mixing = "lu",
@@ -224,7 +240,14 @@ class NSF(Flow):
         if spline not in SPLINES:
             raise ValueError(f"spline: expected 'quadratic' or 'linear', got {spline!r}")
         univariate = SPLINES[spline](bins, bound)
-        build = autoregressive_layers if autoregressive else coupling_layers
-        layers = build(features, context, transforms, univariate, hidden_features, activation)
+        layers: list[Layer] = scoring_layers(
+            features,
+            context,
+            transforms,
+            univariate,
+            hidden_features,
+            activation,
+            autoregressive,
+        )
         layers = mixed(layers, features, mixing, act_norm)
         super().__init__(layers, features, context, base, support)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from pyroflows.distributions import Base
+from pyroflows.flows.coupling import scoring_layers
 from pyroflows.flows.flow import Flow
-from pyroflows.flows.neural import scoring_layers
 from pyroflows.flows.stack import Mixing, mixed
 from pyroflows.flows.supports import inner_features
 from pyroflows.nn.mlp import Activation

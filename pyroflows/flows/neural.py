@@ -8,29 +8,12 @@ from typing import Any
 from torch import nn
 
 from pyroflows.distributions import Base
-from pyroflows.flows.autoregressive import autoregressive_layers
-from pyroflows.flows.coupling import coupling_layers
+from pyroflows.flows.coupling import scoring_layers
 from pyroflows.flows.flow import Flow
 from pyroflows.flows.stack import Mixing, mixed
 from pyroflows.flows.supports import inner_features
-from pyroflows.layers import Inverse, Layer
 from pyroflows.nn.mlp import Activation
-from pyroflows.transforms import DeepSigmoidal, UnconstrainedMonotonic, Univariate
-
-
-def scoring_layers(
-    features: int,
-    context: int,
-    transforms: int,
-    univariate: Univariate,
-    hidden_features: Sequence[int],
-    activation: Activation,
-    autoregressive: bool,
-) -> list[Layer]:
-    """Autoregressive layers or couplings that evaluate the map from data to base."""
-    build = autoregressive_layers if autoregressive else coupling_layers
-    layers = build(features, context, transforms, univariate, hidden_features, activation)
-    return layers if autoregressive else [Inverse(layer) for layer in layers]
+from pyroflows.transforms import DeepSigmoidal, UnconstrainedMonotonic
 
 
 class NAF(Flow):
