@@ -150,7 +150,8 @@ def test_it_stops_early_and_says_why() -> None:
     result = fit(flow, x, steps=1000, lr=0.02, patience=3)
     assert result.stop_reason == "the loss has not improved for 3 checks"
     assert len(result.history.losses) < 1000
-    assert result.history.checks[-4][0] == result.history.best[0]
+    # Those of the first steps are no reason to stop.
+    assert result.history.best[0] < result.history.checks[-3][0]
     assert "3 checks" in str(result)
 
 

@@ -177,7 +177,7 @@ def test_defaults_are_written_down(path: Path) -> None:
     pf.save(pf.NSF(2), path)
     described = record(path)["flow"]["arguments"]
     assert set(described) == set(inspect.signature(pf.NSF.__init__).parameters) - {"self"}
-    assert described["bound"] == 5.0
+    assert described["bound"] == 4.0
     assert described["activation"] == {"torch.nn": "SiLU"}
 
 

@@ -799,6 +799,7 @@ def test_leave_one_out_corrects_for_the_guide() -> None:
             estimates[name] = float(stats.loo(tree).elpd)
             corrected = stats.loo_approximate_posterior(tree, scores["lp"], scores["log_q"])
             estimates[f"{name}, corrected"] = float(corrected.elpd)
-    assert estimates["trained, corrected"] == pytest.approx(estimates["trained"], abs=0.02)
+    # With so many draws either estimate varies by about 0.03 from seed to seed.
+    assert estimates["trained, corrected"] == pytest.approx(estimates["trained"], abs=0.05)
     assert estimates["rough, corrected"] == pytest.approx(estimates["trained"], abs=0.05)
-    assert abs(estimates["rough"] - estimates["trained"]) > 0.05
+    assert abs(estimates["rough"] - estimates["trained"]) > 10

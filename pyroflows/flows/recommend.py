@@ -105,12 +105,16 @@ def shortlist(features: int, rows: int) -> list[Candidate]:
     """Candidates for a density of this size, the likeliest first."""
     if rows < FEW:
         few = "few rows: small networks overfit less"
+        # Their parameters grow with the square of the features.
+        smooth = [
+            Candidate("BPF", {}, "few rows: smooth polynomials learn nothing by heart at once"),
+            Candidate("Sylvester", {}, "few rows: close to a Gaussian with all correlations"),
+        ]
         return [
+            *(smooth if features <= MANY else []),
             Candidate("MAF", {"transforms": 2, "hidden_features": (16,)}, few),
             Candidate("MAF", {"transforms": 1, "hidden_features": ()}, few),
-            Candidate("RealNVP", {"transforms": 4, "hidden_features": (16,)}, few),
             Candidate("NSF", {"transforms": 2, "hidden_features": (16,), "bins": 4}, few),
-            Candidate("Planar", {"transforms": 8, "mixing": "lu"}, few),
         ]
     if features > WIDE:
         wide = "its cost grows with the features, not with their square"

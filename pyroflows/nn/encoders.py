@@ -85,7 +85,8 @@ class DeepSet(RecordedModule):
             raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
         if self.moments is None:
             return self.whole(self._pooled(x))
-        loc, variance = x.mean(-2, keepdim=True), x.var(-2, keepdim=True, correction=0)
+        loc = x.mean(-2, keepdim=True)
+        variance = (x - loc).square().mean(-2, keepdim=True)
         # A set of equal elements has a logarithm too: that of the least scale told from 0.
         scale = variance.clamp(min=torch.finfo(x.dtype).eps ** 2).sqrt()
         moments = torch.cat([loc, scale.log()], -1).squeeze(-2)

@@ -71,7 +71,8 @@ class Entry:
         """Fit further, and score the held-out rows."""
         self.steps += options["steps"]
         try:
-            self.fit = fit_mle(self.flow, *train, validation=VALIDATION, **options)
+            # Each round starts at the full rate, which does harm at first: no stopping for that.
+            self.fit = fit_mle(self.flow, *train, validation=VALIDATION, patience=None, **options)
         except FitError as error:
             self.problem = str(error)
             return

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.benchmarks.models import MODELS, PAIRS
-from tests.benchmarks.runs import BUDGET, path_of, size_of
+from tests.benchmarks.runs import FITS, path_of, size_of
 from tests.benchmarks.sets import SETS
 
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks" / "densities.md"
@@ -26,7 +26,7 @@ folder that `PYROFLOWS_DATA` names. The figures come from two cores of a CPU, to
 thread for each fit.
 
 All flows are fitted alike: Adam at 1e-3 with a cosine schedule, gradients clipped at a norm of
-5, standardised data, the state of the best of 50 checks on the validation rows. POWER is a
+5, standardised data, the best state of all checks on the validation rows. POWER is a
 slice of 2007, {power_steps:,} steps of 512, hidden layers (128, 128); its split is fixed, so
 that seeds differ in the fits alone. The others have {steps:,} steps of 256 and hidden layers
 (64, 64). A density in the plane has 5,000 rows to fit and 10,000 to test on. A table of
@@ -107,11 +107,11 @@ def selection() -> list[str]:
     lines = [
         "## All recipes, and `select`",
         "",
-        f"One seed, documented defaults. `pf.select(x, budget={BUDGET})` sees the training and",
-        "validation rows alone; its winner has had about as many steps as each recipe. The last",
-        "line is how far it stays behind the best of all recipes on the test rows. NCSF is for",
-        "angles; CNF and ResidualFlow, of which one fit takes minutes, are left out. An empty cell",
-        "was not run.",
+        f"One seed, documented defaults. `pf.select`, with a budget of {FITS} fits, sees training",
+        "and validation rows alone; its winner has had about as many steps as each recipe. The",
+        "last line is how far it stays behind the best of all recipes on the test rows. NCSF is",
+        "for angles; CNF and ResidualFlow, of which one fit takes minutes, are left out. An empty",
+        "cell was not run.",
         "",
     ]
     ours = [m for m in MODELS if not m.startswith(("zuko", "nflows"))]

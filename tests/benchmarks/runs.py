@@ -18,8 +18,8 @@ from tests.benchmarks.models import MODELS
 from tests.benchmarks.sets import SETS, Split
 
 RESULTS = Path(__file__).parents[2] / "build" / "benchmarks" / "density"
-#: Steps of the selection in all; its winner gets about as many as each recipe alone.
-BUDGET = 2400
+#: The selection's budget, in fits of one recipe; its winner gets about as many steps as each alone.
+FITS = 3
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,13 @@ def run(set_name: str, model_name: str, seed: int) -> dict[str, Any]:
         start = time.process_time()
         if model_name == "select":
             rows = torch.cat([split.train, split.validation])
-            choice = pf.select(rows, budget=BUDGET, seed=seed, progress=False)
+            choice = pf.select(
+                rows,
+                budget=FITS * size.steps,
+                batch_size=size.batch_size,
+                seed=seed,
+                progress=False,
+            )
             chosen, model = choice.name, choice.flow
             if choice.table[0].candidate.options:
                 chosen = str(choice.table[0].candidate)
