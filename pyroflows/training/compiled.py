@@ -107,8 +107,11 @@ class CompiledStep:
         def copies() -> list[Tensor]:
             return [t.clone() for t in inputs]
 
+        dropped = getattr(self.loss, "dropped", None)
         with forked_rng(0):
             eager = self._value_and_gradient(inputs[0].clone(), batch)[1].double()
+        if dropped is not None:
+            self.loss.dropped = dropped  # a comparison is no step
         with recording(), forked_rng(0), torch.no_grad():
             recorded = record(self._step_of(batch), copies())
         graph = inductor(recorded, copies())
