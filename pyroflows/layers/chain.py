@@ -31,6 +31,7 @@ class Chain(Layer):
 
     Examples
     --------
+    >>> from pyroflows.layers import CouplingLayer, LULinear
     >>> layer = Chain([LULinear(2), [CouplingLayer(3, context=2), LULinear(3)]], [2, 3])
     >>> layer()(torch.zeros(5)).shape
     torch.Size([5])

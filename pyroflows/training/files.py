@@ -64,7 +64,7 @@ class RowFile:
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     np.save(f"{folder}/x.npy", np.random.default_rng(0).normal(size=(1000, 3)))
     ...     rows = pf.RowFile(f"{folder}/x.npy", context=[2], memory=2**13)
-    ...     fit = pf.fit_mle(pf.RealNVP(2, context=1), rows, steps=20, seed=0)
+    ...     fit = pf.fit_mle(pf.RealNVP(2, context=1), rows, steps=20, seed=0, patience=None)
     >>> len(rows), fit.stop_reason
     (1000, 'all steps were done')
     """
