@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import ComposeTransform
 from torch.distributions import Transform as TorchTransform
 
 from pyroflows.testing.tools import (
@@ -19,7 +20,6 @@ from pyroflows.testing.tools import (
     per_event,
     relative,
 )
-from pyroflows.transforms import ComposedTransform
 
 # Rounding errors add up over the operations of a stack: so many units in the last place.
 ROUNDINGS = 1000.0
@@ -55,7 +55,7 @@ def _lost_between(there: Direction, transform: TorchTransform, start: Tensor) ->
     parts = list(getattr(transform, "parts", []))
     for count in range(1, len(parts)):
         some = parts[:count] if there is forward else parts[-count:]
-        stack = ComposedTransform(some)
+        stack = ComposeTransform(some)
         singular = torch.linalg.svdvals(_derivative(there, stack, start))
         size = _largest(there(stack, start)[0].detach(), dims).clamp_min(1.0)
         lost = torch.maximum(lost, rounding * size / singular[..., -1])
