@@ -83,22 +83,25 @@ def save(flow_or_guide: Flow | AutoFlow | AutoAmortizedFlow, path: Path) -> None
     """
     from pyroflows import __version__  # defined after this module is imported
 
-    versions = {"format_version": FORMAT_VERSION, "pyroflows_version": __version__}
     if isinstance(flow_or_guide, AutoAmortizedFlow):
-        record, tensors = describe_amortized(flow_or_guide)
-        record = {**versions, "kind": "amortized", **record}
-        write_file(path, {**record, "sha256": digest(record, tensors)}, tensors)
-        return
+        kind, (record, tensors) = "amortized", describe_amortized(flow_or_guide)
+    else:
+        kind, record, tensors = _describe(flow_or_guide)
+    versions = {"format_version": FORMAT_VERSION, "pyroflows_version": __version__}
+    record = {**versions, "kind": kind, **record}
+    write_file(path, {**record, "sha256": digest(record, tensors)}, tensors)
+
+
+def _describe(flow_or_guide: Flow | AutoFlow) -> tuple[str, Record, dict[str, Tensor]]:
     flow, guide = _flow_of(flow_or_guide)
     record, tensors = describe(flow)
-    record = {**versions, "kind": "flow" if guide is None else "guide", **record}
-    if guide is not None:
-        sites = [[site, list(shape)] for site, shape in guide.latent_shapes.items()]
-        record["guide"] = {"name": guide.name, "latent_shapes": sites}
-        if guide.groups is not None:
-            record["guide"]["arranged"] = True
-    record["sha256"] = digest(record, tensors)
-    write_file(path, record, tensors)
+    if guide is None:
+        return "flow", record, tensors
+    sites = [[site, list(shape)] for site, shape in guide.latent_shapes.items()]
+    record["guide"] = {"name": guide.name, "latent_shapes": sites}
+    if guide.groups is not None:
+        record["guide"]["arranged"] = True
+    return "guide", record, tensors
 
 
 @overload

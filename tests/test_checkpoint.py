@@ -29,24 +29,33 @@ def banana(calls: list[int], killed_at: int | None) -> Callable[[], None]:
     return model
 
 
-def fit(path: Path | None, killed_at: int | None = None) -> tuple[Any, dict[str, Any], int]:
+def fit(
+    path: Path | None, killed_at: int | None = None, estimator: Any = "stl"
+) -> tuple[Any, dict[str, Any], int]:
     pyro.clear_param_store()
     calls: list[int] = []
     guide = pf.AutoFlow(banana(calls, killed_at))
     # Nothing is enough: the budget is spent, with looks after 25, 50 and 60 steps.
-    options = {"starts": 4, "budget": 60, "enough": 1.0, "draws": 16, "psis_samples": 500}
-    result = pf.fit_svi(guide, seed=0, progress=False, checkpoint=path, **options)
+    options: dict[str, Any] = {"starts": 4, "budget": 60, "enough": 1.0, "draws": 16, "psis_samples": 500}
+    options |= {"estimator": estimator, "checkpoint": path}
+    result = pf.fit_svi(guide, seed=0, progress=False, **options)
     return result, {k: v.clone() for k, v in guide.state_dict().items()}, len(calls)
 
 
-@pytest.mark.parametrize("share", [0.05, 0.75, 0.9], ids=["start", "first", "second"])
-def test_a_killed_fit_goes_on_to_the_same_result(tmp_path: Path, share: float) -> None:
-    whole, state, calls = fit(None)
+@pytest.mark.parametrize(
+    ("share", "estimator"),
+    [(0.05, "stl"), (0.75, "stl"), (0.9, "stl"), (0.75, "fab")],
+    ids=["start", "first", "second", "annealed"],
+)
+def test_a_killed_fit_goes_on_to_the_same_result(
+    tmp_path: Path, share: float, estimator: str
+) -> None:
+    whole, state, calls = fit(None, estimator=estimator)
     assert [step for step, _ in whole.history.checks] == [0, 25, 50, 60]
     path = tmp_path / "fit.pt"
     with pytest.raises(Killed):
-        fit(path, killed_at=int(share * calls))
-    again, state_again, _ = fit(path)
+        fit(path, killed_at=int(share * calls), estimator=estimator)
+    again, state_again, _ = fit(path, estimator=estimator)
     assert again.history == whole.history
     assert state.keys() == state_again.keys()
     assert all(torch.equal(value, state_again[name]) for name, value in state.items())

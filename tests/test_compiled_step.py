@@ -169,10 +169,15 @@ def test_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch, caplog: An
     assert "its gradient is off the eager one by" in caplog.text
 
 
-def test_draws_without_a_density_are_left_to_the_eager_step() -> None:
+@pytest.mark.parametrize(("height", "refused"), [(0.9, True), (0.999, False)])
+def test_draws_without_a_density_are_left_to_the_eager_step(
+    height: float, refused: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where every step has some, no step can be compared, and all are eager."""
+
     def with_holes(sigma: Tensor, y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        holes = torch.where(torch.sin(50 * mu) > 0.9, -torch.inf, 0.0)
+        holes = torch.where(torch.sin(50 * mu) > height, -torch.inf, 0.0)
         pyro.factor("holes", holes)
         with pyro.plate("school", len(y)):
             pyro.sample("y", dist.Normal(mu, sigma), obs=y)
@@ -180,6 +185,7 @@ def test_draws_without_a_density_are_left_to_the_eager_step() -> None:
     fits = [fit_schools(c, model=with_holes, starts=0)[1] for c in (False, True)]
     assert fits[0].dropped == fits[1].dropped > 0
     assert fits[1].history.losses == pytest.approx(fits[0].history.losses, abs=5e-3)
+    assert ("not finite" in caplog.text) is refused
 
 
 def test_batches_of_another_shape_are_eager() -> None:

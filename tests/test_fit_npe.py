@@ -91,6 +91,17 @@ def test_refined_posterior_is_better_and_the_guide_as_before(npe: Any) -> None:
     assert pf.to_arviz(posterior, num_samples=20, seed=0).posterior["mean"].shape == (1, 20, 2)
 
 
+def test_refining_that_does_harm_is_undone(npe: Any) -> None:
+    guide, _ = npe
+    y = observation(5)
+    raw = guide.posterior(y)
+    refined, fit = pf.refine(guide, y, steps=20, lr=10.0, psis_samples=1000, progress=False)
+    assert "no better" in fit.stop_reason
+    assert fit.psis.num_samples == 1000
+    for name, value in raw.state_dict().items():
+        assert torch.equal(value, refined.state_dict()[name])
+
+
 def test_an_encoder_of_sets() -> None:
     """Also with Pyro's SVI, on one data set: the guide is amortised all the same."""
     guide = pf.AutoAmortizedFlow(conjugate, encoder=DeepSet(2, 4), observed=["y"])

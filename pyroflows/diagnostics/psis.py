@@ -316,8 +316,11 @@ def moments_moved(values: dict[str, Tensor], log_weights: np.ndarray) -> tuple[f
         shift = np.abs(mean - plain) / deviation
         stretch = np.abs(np.log(rows.std(0) / deviation))
         split = np.abs(halves[0] - halves[1]) / deviation
-    largest = (np.nan_to_num(a, nan=np.inf).max() for a in (shift, stretch, split))
-    return tuple(map(float, largest))  # type: ignore[return-value]
+    return _largest(shift), _largest(stretch), _largest(split)
+
+
+def _largest(values: np.ndarray) -> float:
+    return float(np.nan_to_num(values, nan=np.inf).max())
 
 
 def smooth(log_weights: np.ndarray) -> tuple[np.ndarray, float]:

@@ -188,7 +188,7 @@ class _Tasks(Dataset[Any]):
         for number in range(task * TASK, min((task + 1) * TASK, self.count)):
             try:
                 row = self._one(number)
-            except Exception as error:
+            except Exception as error:  # a simulator fails in whatever way: it is counted
                 reasons[f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"] += 1
                 continue
             bad = [name for name, value in row.items() if not value.isfinite().all()]
@@ -221,7 +221,7 @@ class _Tasks(Dataset[Any]):
                     size = min(AT_ONCE, self.count - begin)
                     part = {name: v[begin : begin + size] for name, v in self.given.items()}
                     parts.append(program.vectorized(part, size, self.sites, trust=trust).values)
-        except Exception:
+        except Exception:  # as above
             if trust:
                 raise
             # Whatever it is, single runs will tell which simulations it concerns.

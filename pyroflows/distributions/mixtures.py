@@ -33,7 +33,7 @@ class NormalMixture(TorchDistribution):
         Dimensions of an event.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch's own declaration)
     has_rsample = False
 
     def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, event_dims: int) -> None:

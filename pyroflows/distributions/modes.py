@@ -30,7 +30,7 @@ class FixedMixture(TorchDistribution):
         :math:`L`, lower triangular, shape ``(modes, features, features)``.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (torch's own declaration)
     support = constraints.real_vector
     has_rsample = True
 

@@ -164,7 +164,7 @@ def _decode_torch(value: Record, where: str) -> Any:
 def _call(function: Callable[..., Any], args: list[Any], kwargs: Record, where: str) -> Any:
     try:
         return function(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # of whatever kind: the arguments may be anything
         raise SavedFileError(
             f"{where}: cannot be built from the arguments in the file ({error}). {DAMAGED}"
         ) from error

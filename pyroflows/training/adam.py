@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+BETA1, BETA2, EPS = 0.9, 0.999, 1e-8
+
 
 class Adam:
     """The update of `torch.optim.Adam`, without what surrounds it.
@@ -55,11 +57,11 @@ class Adam:
             # What a gradient scaler says, too: the fused update then leaves everything as it is.
             found_inf=unless.float() if self.fused else None,
             amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
+            beta1=BETA1,
+            beta2=BETA2,
             lr=lr,
             weight_decay=0.0,
-            eps=1e-8,
+            eps=EPS,
             maximize=False,
         )
 

@@ -14,7 +14,7 @@ from torch.distributions import Distribution
 
 from pyroflows.numerics import forked_rng
 from pyroflows.numerics.concrete import recording
-from pyroflows.training.adam import Adam
+from pyroflows.training.adam import BETA1, BETA2, EPS, Adam
 from pyroflows.training.processes import world
 from pyroflows.training.recorded import in_double, inductor, record
 
@@ -24,6 +24,8 @@ Batch = tuple[Any, ...]
 #: How far compiled gradients may be from those of float64 and from eager ones, relative to their
 #: norm and in units of the square root of the dtype's rounding: about 0.003 in float32.
 TOLERANCE = 10.0
+#: Steps at which the loss may be undefined, by draws without a density, before all are eager.
+TRIES = 20
 
 
 class CompiledStep:
@@ -58,6 +60,7 @@ class CompiledStep:
         self.seconds = 0.0
         self.refused = "several processes average their gradients" if world()[1] > 1 else ""
         self._state: _State | None = None
+        self._tries = 0
         self._graph: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self._batch: Batch = ()
 
@@ -67,6 +70,7 @@ class CompiledStep:
             return None
         if self._state is None:
             self._state = _State(adam)
+        if self._graph is None:
             self._compile([*self._state.inputs(lr), *_tensors(batch)], batch)
         if self._graph is None or not _alike(batch, self._batch):
             return None
@@ -85,11 +89,12 @@ class CompiledStep:
 
     def _compile(self, inputs: list[Tensor], batch: Batch) -> None:
         start = time.perf_counter()
-        self._batch = batch
+        self._batch, self._tries = batch, self._tries + 1
         validation = Distribution._validate_args
         try:
-            self._graph = self._checked(inputs, batch)
-            logger.info("compiled in %.1f s", time.perf_counter() - start)
+            if self._is_defined(batch):
+                self._graph = self._checked(inputs, batch)
+                logger.info("compiled in %.1f s", time.perf_counter() - start)
         except Exception as error:  # of whatever kind: the eager step is still there
             self.refused = str(error).partition("\n")[0] or type(error).__name__
             logger.warning(
@@ -101,23 +106,29 @@ class CompiledStep:
             Distribution.set_default_validate_args(validation)
         self.seconds += time.perf_counter() - start
 
+    def _is_defined(self, batch: Batch) -> bool:
+        """Whether the step can be compared here; raise where it has not been for long."""
+        with recording(), forked_rng(self._tries), torch.no_grad():
+            defined = bool(self.loss(*batch).isfinite())
+        if not defined and self._tries == TRIES:
+            raise ArithmeticError(f"the loss is not finite, in each of {TRIES} steps")
+        return defined
+
     def _checked(self, inputs: list[Tensor], batch: Batch) -> Callable[..., Any]:
         """The compiled step; `ArithmeticError` where its gradient is not that of other ways."""
 
         def copies() -> list[Tensor]:
             return [t.clone() for t in inputs]
 
-        dropped = getattr(self.loss, "dropped", None)
-        with forked_rng(0):
+        # The same noise, of which it is known that all draws have a density.
+        with forked_rng(self._tries):
             eager = self._value_and_gradient(inputs[0].clone(), batch)[1].double()
-        if dropped is not None:
-            self.loss.dropped = dropped  # a comparison is no step
-        with recording(), forked_rng(0), torch.no_grad():
+        with recording(), forked_rng(self._tries), torch.no_grad():
             recorded = record(self._step_of(batch), copies())
         graph = inductor(recorded, copies())
-        with forked_rng(0):
+        with forked_rng(self._tries):
             gradient = graph(*copies())[2].double()
-        with forked_rng(0):
+        with forked_rng(self._tries):
             exact = in_double(recorded, copies())[2]
         eps = torch.finfo(inputs[0].dtype).eps
         limit = TOLERANCE * eps**0.5 * (eps + exact.norm())
@@ -129,7 +140,6 @@ class CompiledStep:
 
     def _step_of(self, batch: Batch) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """Loss, gradient's norm and gradient; flat vectors are updated in place."""
-        beta1, beta2, eps = 0.9, 0.999, 1e-8
 
         def step(
             flat: Tensor, mean: Tensor, square: Tensor, counts: Tensor, lr: Tensor, *rows: Tensor
@@ -138,10 +148,10 @@ class CompiledStep:
             norm = gradient.norm()
             clipped = gradient * (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             count = counts[0].double() + 1
-            new_mean = mean.lerp(clipped, 1 - beta1)
-            new_square = beta2 * square + (1 - beta2) * clipped.square()
-            root = (new_square / (1 - beta2**count)).sqrt() + eps
-            new_flat = flat - lr / (1 - beta1**count) * new_mean / root
+            new_mean = mean.lerp(clipped, 1 - BETA1)
+            new_square = BETA2 * square + (1 - BETA2) * clipped.square()
+            root = (new_square / (1 - BETA2**count)).sqrt() + EPS
+            new_flat = flat - lr / (1 - BETA1**count) * new_mean / root
             usable = (loss + norm).isfinite()
             news = (new_flat, new_mean, new_square, counts + 1)
             for old, new in zip((flat, mean, square, counts), news, strict=True):

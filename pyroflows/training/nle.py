@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,9 @@ from pyroflows.diagnostics.simulation import only
 from pyroflows.errors import ShapeError
 from pyroflows.flows import NSF, Flow
 from pyroflows.guides.reading import Model, Reading, named, read_model
-from pyroflows.numerics import forked_rng
 from pyroflows.training.mle import fit_mle
 from pyroflows.training.npe import check_sites
+from pyroflows.training.processes import seeded
 from pyroflows.training.result import Fit
 
 #: Rows of one simulation that are trained on, at most: they share its latents.
@@ -228,7 +228,7 @@ def fit_nle(
     >>> again = pf.fit_nle(model, observed="y", simulations=both, steps=100, seed=0)
     """
     kwargs = dict(model_kwargs or {})
-    with forked_rng(seed) if seed is not None else nullcontext():
+    with seeded(seed):
         task = _task(model, read_model(model, args, kwargs, None), observed, rows)
         sites = [*task.latents, observed]
         if isinstance(simulations, int):

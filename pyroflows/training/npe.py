@@ -23,7 +23,7 @@ from pyroflows.training.svi import fit_svi
 
 #: Draws of the posterior behind the threshold of a truncated prior.
 TRUNCATION_DRAWS = 10_000
-#: Draws of a look at a posterior before and after it is refined, and the draws that are to be
+#: Draws of the reports on a posterior before and after it is refined, and the draws that are to be
 #: effective in each step between.
 LOOK, EFFECTIVE = 10_000, 256
 #: Prior draws of one try of rejection, and the most tries.
@@ -300,6 +300,7 @@ def refine(
     model_kwargs: Mapping[str, Any] | None = None,
     steps: int = 300,
     lr: float = 1e-3,
+    psis_samples: int = LOOK,
     **options: Any,
 ) -> tuple[AmortizedPosterior, SVIFit]:
     """Train the amortised posterior of one observation further, by the model's likelihood.
@@ -319,6 +320,8 @@ def refine(
         The model's arguments.
     model_kwargs
         The model's keyword arguments.
+    psis_samples
+        Draws of the reports before and after.
     steps, lr, **options
         Of `pyroflows.fit_svi`. The ``draws`` of a step are by default as many as it takes for 256
         to be effective, from 512 to 4096.
@@ -349,15 +352,18 @@ def refine(
     posterior = guide.posterior(data, *args, **kwargs)
     look: dict[str, Any] = {
         "model_kwargs": kwargs,
-        "num_samples": LOOK,
+        "num_samples": psis_samples,
         "seed": options.get("seed"),
     }
     before = psis(posterior, *args, **look)
     kept = copy.deepcopy(posterior.state_dict())
-    draws = min(max(int(EFFECTIVE * LOOK / before.ess), 2 * EFFECTIVE), 16 * EFFECTIVE)
+    draws = min(max(int(EFFECTIVE * psis_samples / before.ess), 2 * EFFECTIVE), 16 * EFFECTIVE)
     options = {"starts": 0, "estimator": "forward", "draws": draws, **options}
-    fit = fit_svi(posterior, *args, model_kwargs=kwargs, steps=steps, lr=lr, **options)
-    if psis(posterior, *args, **look).ess < before.ess:
-        posterior.load_state_dict(kept)
-        fit = replace(fit, psis=before, stop_reason="it got no better: all is as it was")
-    return posterior, fit
+    fit = fit_svi(
+        posterior, *args, model_kwargs=kwargs, steps=steps, lr=lr, psis_samples=0, **options
+    )
+    after = psis(posterior, *args, **look)
+    if after.ess > before.ess:
+        return posterior, replace(fit, psis=after)
+    posterior.load_state_dict(kept)
+    return posterior, replace(fit, psis=before, stop_reason="it got no better: all is as it was")

@@ -323,6 +323,7 @@ class _SVI:
                 "guide": self.guide.state_dict(),
                 "gaussians": self.gaussians and vars(self.gaussians),
                 "dropped": self.loss.dropped,
+                "annealing": self.loss.annealing.size,
                 "found": self.found,
                 "seconds": self.seconds,
             }
@@ -334,6 +335,7 @@ class _SVI:
         self.guide.load_state_dict(state["guide"])
         self.gaussians = state["gaussians"] and Gaussians(**state["gaussians"])
         self.loss.dropped = state["dropped"]
+        self.loss.annealing.size = state["annealing"]
         self.found = state["found"]
         self.seconds = state["seconds"]
 

@@ -17,7 +17,7 @@ from pyroflows.transforms.univariate import Univariate, vector_domain
 SWEEPS, TOLERANCE = 24, 64
 #: Sweeps are for so many features and more, and on a CPU for so few events: beyond that, or twice
 #: as many as there are features, a sweep costs more than the steps that it saves (measured on
-#: trained weights with 16, 64 and 256 features, affine and spline).
+#: trained weights: affine maps of 16, 64 and 256 features, splines of 16).
 SWEPT_FEATURES, SWEPT_EVENTS = 16, 128
 
 
