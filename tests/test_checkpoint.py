@@ -36,7 +36,13 @@ def fit(
     calls: list[int] = []
     guide = pf.AutoFlow(banana(calls, killed_at))
     # Nothing is enough: the budget is spent, with looks after 25, 50 and 60 steps.
-    options: dict[str, Any] = {"starts": 4, "budget": 60, "enough": 1.0, "draws": 16, "psis_samples": 500}
+    options: dict[str, Any] = {
+        "starts": 4,
+        "budget": 60,
+        "enough": 1.0,
+        "draws": 16,
+        "psis_samples": 500,
+    }
     options |= {"estimator": estimator, "checkpoint": path}
     result = pf.fit_svi(guide, seed=0, progress=False, **options)
     return result, {k: v.clone() for k, v in guide.state_dict().items()}, len(calls)

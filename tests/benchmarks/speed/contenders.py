@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pyroflows as pf
 from pyroflows.flows.autoregressive import autoregressive_layers
-from pyroflows.flows.coupling import coupling_layers
+from pyroflows.flows.coupling import coupling_layers, scoring_layers
 from pyroflows.transforms import Affine, RationalQuadratic
 from tests.benchmarks.models import WithoutContext
 
@@ -87,7 +87,10 @@ def ours(a: Architecture) -> Contender:
     univariate = RationalQuadratic(BINS, BOUND) if a.spline else Affine()
     sizes = (a.features, 0, a.layers, univariate, a.widths, nn.ReLU)
     if a.kind == "coupling":
-        return Ours(pf.Flow(coupling_layers(*sizes), a.features))
+        layers = (
+            scoring_layers(*sizes, autoregressive=False) if a.spline else coupling_layers(*sizes)
+        )
+        return Ours(pf.Flow(layers, a.features))
     one_pass = "forward" if a.kind == "guide" else "inverse"
     return Ours(pf.Flow(autoregressive_layers(*sizes, one_pass), a.features))
 
