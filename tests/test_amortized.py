@@ -114,16 +114,14 @@ def test_a_set_in_each_row() -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_groups_agree_with_the_conjugate_posterior() -> None:
-    """On a thousand rows never trained on, all but a few far out in the tails."""
+    """On each of a thousand rows never trained on."""
     y, new = groups_data(10_000, seed=0), groups_data(1_000, seed=1)
     guide = pf.AutoAmortizedFlow(groups_model, {"z": DeepSet(1, 8)})
     pf.fit_svi(guide, y, model_kwargs={"batch": 250}, steps=3000, seed=0, progress=False)
     draws = guide.sample(5_000, new)
     exact = (y.mean() + new.sum(0)) / (1 + len(new))
     deviation = (1 / (1 + len(new))) ** 0.5
-    error = ((draws["z"].mean(0) - exact) / deviation).abs()
-    assert error.square().mean().sqrt() < 0.05
-    assert error.quantile(0.99) < 0.1
+    assert ((draws["z"].mean(0) - exact) / deviation).abs().max() < 0.1
     assert (draws["z"].std(0) / deviation - 1).abs().max() < 0.1
     assert draws["mean"].mean().item() == pytest.approx(y.mean().item(), abs=0.02)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyroflows.errors import ShapeError
-from pyroflows.nn import ConvEncoder, DeepSet, GRUEncoder
+from pyroflows.nn import ConvEncoder, DeepSet, GRUEncoder, ImageEncoder
 
 ENCODERS = [DeepSet, partial(DeepSet, standardize=True), GRUEncoder, ConvEncoder]
 
@@ -63,11 +63,33 @@ def test_a_sequence_has_an_order(make: Any) -> None:
     assert not torch.allclose(encoder(x.flip(0)), encoder(x))
 
 
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3), (0,)])
+@pytest.mark.parametrize("size", [(1, 1), (8, 8), (28, 20)])
+def test_images_of_any_size(batch: tuple[int, ...], size: tuple[int, int]) -> None:
+    encoder = ImageEncoder(2, 8).double()
+    x = torch.randn(*batch, 2, *size, dtype=torch.float64)
+    out = encoder(x)
+    assert out.shape == (*batch, 8)
+    if batch == (2, 3):
+        torch.testing.assert_close(out[1, 2], encoder(x[1, 2]))
+    with pytest.raises(ShapeError, match=r"x: expected shape .*2, \d+, \d+\), got"):
+        encoder(x[..., :1, :, :])
+
+
+def test_an_image_has_places() -> None:
+    encoder, x = ImageEncoder(1, 8), torch.zeros(1, 16, 16)
+    x[0, 2, 2] = 1
+    assert not torch.allclose(encoder(x.transpose(-1, -2).flip(-1)), encoder(x))
+
+
 def test_options() -> None:
     assert DeepSet(2, 8, hidden_features=(4,), activation=nn.GELU).element[0].out_features == 4
     assert GRUEncoder(2, 8, state_features=5, layers=2).gru.num_layers == 2
     assert ConvEncoder(2, 8, hidden_features=(4, 6)).layers[2].out_channels == 6
     with pytest.raises(ValueError, match="kernel: expected an odd positive width, got 4"):
         ConvEncoder(2, 8, kernel=4)
+    assert ImageEncoder(1, 8, grid=3, kernel=5).out.in_features == 32 * 9
+    with pytest.raises(ValueError, match="grid: expected at least one field, got 0"):
+        ImageEncoder(1, 8, grid=0)
     with pytest.raises(ValueError, match="hidden_features"):
         DeepSet(2, 8, hidden_features=(0,))

@@ -4,7 +4,7 @@ from pyroflows.nn.arguments import RecordedModule
 from pyroflows.nn.block import BlockLinear, BlockNetwork
 from pyroflows.nn.causal import CausalTransformer
 from pyroflows.nn.conditioner import Conditioner
-from pyroflows.nn.encoders import ConvEncoder, DeepSet, GRUEncoder
+from pyroflows.nn.encoders import ConvEncoder, DeepSet, GRUEncoder, ImageEncoder
 from pyroflows.nn.lipschitz import LipschitzMLP, contracted
 from pyroflows.nn.masked import MaskedLinear, MaskedResidualMLP
 from pyroflows.nn.mlp import ResidualMLP, ZeroStart
@@ -18,6 +18,7 @@ __all__ = [
     "ConvEncoder",
     "DeepSet",
     "GRUEncoder",
+    "ImageEncoder",
     "LipschitzMLP",
     "MaskedLinear",
     "MaskedResidualMLP",

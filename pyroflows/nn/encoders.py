@@ -20,23 +20,41 @@ def _perceptron(sizes: Sequence[int], activation: Activation) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _one_batch(x: Tensor) -> Tensor:
-    """Sequences with one batch dimension, as torch's layers want them."""
-    return x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
+def _one_batch(x: Tensor, event_dim: int = 2) -> Tensor:
+    """Events with one batch dimension, as torch's layers want them."""
+    return x.reshape(x.shape[:-event_dim].numel(), *x.shape[-event_dim:])
+
+
+def _convolutions(
+    convolution: type[nn.Conv1d] | type[nn.Conv2d],
+    channels: int,
+    hidden_features: Sequence[int],
+    kernel: int,
+    activation: Activation,
+) -> nn.Sequential:
+    """Convolutions of stride 2 with activations."""
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"kernel: expected an odd positive width, got {kernel}")
+    hidden = widths(hidden_features)
+    layers: list[nn.Module] = []
+    for before, after in pairwise([channels, *hidden]):
+        layers += [convolution(before, after, kernel, 2, kernel // 2), activation()]
+    return nn.Sequential(*layers)
 
 
 class DeepSet(RecordedModule):
     r"""Encoder of sets: the same for every order of the elements.
 
-    .. math:: h = \rho\left(\frac1n \sum_{i=1}^n \phi(x_i),\; \log n\right)
+    .. math:: h = \rho\left(\frac1n \sum_{i=1}^n \phi(x_i),\; \log n\right) + W m,
+              \qquad m = \frac1n \sum_{i=1}^n x_i
 
-    The number of elements enters beside their mean, because a posterior narrows with it; it may
-    differ from call to call.
+    The number of elements enters beside the mean of their networks, because a posterior narrows
+    with it; it may differ from call to call. Networks alone would bend where few sets were; the
+    linear map of the mean element goes on as it does among them.
 
     Where sets differ in scale by orders of magnitude, no network resolves the small ones. With
     ``standardize`` each is first brought to mean 0 and deviation 1, :math:`x_i \to (x_i - m) / s`;
-    its :math:`m` and :math:`\log s` enter :math:`\rho`, and a linear map of them is added to
-    :math:`h`.
+    its :math:`m` and :math:`\log s` enter :math:`\rho` and :math:`W`.
 
     Parameters
     ----------
@@ -73,19 +91,21 @@ class DeepSet(RecordedModule):
         super().__init__()
         hidden = widths(hidden_features)
         self.features = features
-        moments = 2 * features if standardize else 0
+        self.standardize = standardize
+        moments = 2 * features if standardize else features
+        pooled = hidden[-1] + 1 + (moments if standardize else 0)
         self.element = _perceptron([features, *hidden], activation)
-        self.whole = _perceptron([hidden[-1] + 1 + moments, *hidden, out_features], activation)
-        self.moments = nn.Linear(moments, out_features) if standardize else None
+        self.whole = _perceptron([pooled, *hidden, out_features], activation)
+        self.moments = nn.Linear(moments, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sets ``(*batch, elements, features)`` to contexts ``(*batch, out_features)``."""
         check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
         if not x.shape[-2]:
             raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
-        if self.moments is None:
-            return self.whole(self._pooled(x))
         loc = x.mean(-2, keepdim=True)
+        if not self.standardize:
+            return self.whole(self._pooled(x)) + self.moments(loc.squeeze(-2))
         variance = (x - loc).square().mean(-2, keepdim=True)
         # A set of equal elements has a logarithm too: that of the least scale told from 0.
         scale = variance.clamp(min=torch.finfo(x.dtype).eps ** 2).sqrt()
@@ -173,21 +193,64 @@ class ConvEncoder(RecordedModule):
         activation: Activation = nn.SiLU,
     ) -> None:
         super().__init__()
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel: expected an odd positive width, got {kernel}")
-        hidden = widths(hidden_features)
         self.features = features
-        layers: list[nn.Module] = []
-        for before, after in zip([features, *hidden[:-1]], hidden, strict=True):
-            layers += [
-                nn.Conv1d(before, after, kernel, stride=2, padding=kernel // 2),
-                activation(),
-            ]
-        self.layers = nn.Sequential(*layers)
-        self.out = nn.Linear(hidden[-1], out_features)
+        self.layers = _convolutions(nn.Conv1d, features, hidden_features, kernel, activation)
+        self.out = nn.Linear(hidden_features[-1], out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Sequences ``(*batch, time, features)`` to contexts ``(*batch, out_features)``."""
         check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
         out = self.out(self.layers(_one_batch(x).transpose(-1, -2)).mean(-1))
         return out.reshape(*x.shape[:-2], self.out.out_features)
+
+
+class ImageEncoder(RecordedModule):
+    """Encoder of images by two-dimensional convolutions, averaged over the fields of a grid.
+
+    Each layer halves height and width. What it finds is averaged over each field of a grid of
+    fixed size, so that images of any size give a context that still knows where things are.
+
+    Parameters
+    ----------
+    channels
+        Channels of an image. Images without a dimension for them need one, ``x.unsqueeze(-3)``.
+    out_features
+        Size of the context.
+    hidden_features
+        Channels of the layers.
+    kernel
+        Odd width of the kernels.
+    grid
+        Rows and columns of the grid.
+    activation
+        A module class without arguments.
+
+    Examples
+    --------
+    >>> ImageEncoder(3, 8)(torch.randn(5, 3, 32, 32)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_features: int,
+        *,
+        hidden_features: Sequence[int] = (16, 32),
+        kernel: int = 3,
+        grid: int = 4,
+        activation: Activation = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        if grid < 1:
+            raise ValueError(f"grid: expected at least one field, got {grid}")
+        self.channels = channels
+        self.layers = _convolutions(nn.Conv2d, channels, hidden_features, kernel, activation)
+        self.pool = nn.AdaptiveAvgPool2d(grid)
+        self.out = nn.Linear(hidden_features[-1] * grid**2, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images ``(*batch, channels, height, width)`` to contexts ``(*batch, out_features)``."""
+        check_event("x", x, (self.channels, *(x.shape[-2:] if x.dim() > 2 else (1, 1))))
+        pooled = self.pool(self.layers(_one_batch(x, 3))).flatten(1)
+        return self.out(pooled).reshape(*x.shape[:-3], self.out.out_features)

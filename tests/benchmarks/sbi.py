@@ -141,9 +141,11 @@ class Run:
         return {"k": report.k_hat, "ess": report.ess / DRAWS}
 
     def train_peer(self) -> dict[str, float]:
-        script = Path(__file__).with_name("sbi_peer.py")
-        command = [str(self.peer), str(script), str(self.folder), str(self.seed), str(DRAWS)]
-        subprocess.run(command, check=True)
+        script = Path(__file__).with_name("sbi_peer.py").resolve()
+        # Isolated: a script's folder comes first, and there sbi is this file. Its logs stay there.
+        peer = Path(str(self.peer)).absolute()
+        command = [str(peer), "-I", str(script), ".", str(self.seed), str(DRAWS)]
+        subprocess.run(command, check=True, cwd=self.folder)
         result: dict[str, float] = json.loads((self.folder / "peer.json").read_text())
         return result
 

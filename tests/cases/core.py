@@ -300,7 +300,10 @@ ELSEWHERE = {
         ),
         "tests/test_nn.py",
     ),
-    **dict.fromkeys(("nn.ConvEncoder", "nn.DeepSet", "nn.GRUEncoder"), "tests/test_encoders.py"),
+    **dict.fromkeys(
+        ("nn.ConvEncoder", "nn.DeepSet", "nn.GRUEncoder", "nn.ImageEncoder"),
+        "tests/test_encoders.py",
+    ),
     # Functions with a closed form to compare with.
     **dict.fromkeys(
         (
