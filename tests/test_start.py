@@ -15,7 +15,7 @@ from torch.distributions import MultivariateNormal
 import pyroflows as pf
 from pyroflows.diagnostics.psis import MISSED
 from pyroflows.guides.default import DENSE
-from pyroflows.numerics import ascend, batch_and_match
+from pyroflows.numerics import ascend, batch_and_match, low_rank_match
 from pyroflows.training.density import Density
 from pyroflows.training.gaussians import (
     Gaussians,
@@ -23,6 +23,7 @@ from pyroflows.training.gaussians import (
     mixture_weights,
     separated,
 )
+from pyroflows.training.low_rank import LowRankGaussian
 from pyroflows.training.start import find_start, missed_mass
 from pyroflows.training.walk import walk
 from tests.models import gaussian, gaussian_data, gaussian_posterior
@@ -85,6 +86,58 @@ def test_batch_and_match_commutes_with_affine_maps() -> None:
     )
     assert torch.allclose(mapped[0], matrix @ loc, rtol=1e-8)
     assert torch.allclose(mapped[1], matrix @ covariance @ matrix.mT, rtol=1e-8)
+
+
+def test_low_rank_match_is_exact_for_a_gaussian_of_its_kind() -> None:
+    """From a sixth of the draws that the dimension has, the second time from its own."""
+    generator = torch.Generator().manual_seed(0)
+    size, rank = 300, 4
+    loadings = 2 * torch.randn(size, rank, generator=generator).double()
+    diagonal = torch.rand(size, generator=generator).double() + 0.1
+    covariance = diagonal.diag() + loadings @ loadings.T
+    precision = torch.linalg.inv(covariance)
+    zero, one = torch.zeros(size).double(), torch.ones(size).double()
+    found = LowRankGaussian(zero, one, torch.eye(size, rank).double(), one[:rank])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for _ in range(3):
+            z, _ = found.draw(50)
+            found = found.matched(z, -(z - 3) @ precision, rank)
+        z, log_q = found.draw(50)
+    target = MultivariateNormal(3 * one, covariance)
+    assert ((found.loc - target.loc).abs() < 1e-3 * target.stddev).all()
+    assert torch.allclose(log_q, target.log_prob(z), atol=1e-3)
+
+
+def test_low_rank_match_of_a_saddle_is_finite() -> None:
+    """Scores that rise along some directions have no precision there."""
+    z = torch.randn(50, 20).double()
+    g = torch.where(torch.arange(20) < 3, 2.0, -1.0) * z
+    loc, scale, basis, variance = low_rank_match(z, g, 5)
+    assert all(part.isfinite().all() for part in (loc, scale, basis, variance))
+    assert (scale > 0).all()
+    assert (variance > 0).all()
+    with pytest.raises(ValueError, match="rank: expected less than draws and features"):
+        low_rank_match(z, g, 20)
+
+
+def groups_with_one_mean(y: Tensor) -> None:
+    """Conjugate: every pair of latents is correlated by their common mean."""
+    mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+    z = pyro.sample(
+        "z", dist.Normal(mean.unsqueeze(-1), 0.1).expand([*mean.shape, 300]).to_event(1)
+    )
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
+
+
+def test_many_latents_start_with_their_correlations() -> None:
+    y = 3 + torch.randn(300, generator=torch.Generator().manual_seed(0))
+    fit = pf.fit_svi(pf.AutoFlow(groups_with_one_mean), y, budget=0, seed=0, progress=False)
+    marginal = dist.MultivariateNormal(torch.zeros(300), 1.01 * torch.eye(300) + 100.0)
+    report = fit.psis
+    assert report is not None
+    assert report.elbo == pytest.approx(marginal.log_prob(y).item(), abs=0.1)
+    assert report.verdict == "good"
 
 
 def test_ascents_of_one_batch_arrive_each_at_its_own_maximum() -> None:

@@ -196,7 +196,7 @@ def _state(flow: Flow) -> Record:
         shared.setdefault(id(tensor), []).append(name)
     modes = flow.named_modules()
     return {
-        "whitening": isinstance(flow.transform.standardization, layers.Whitening),
+        "whitening": flow.transform.standardization.rank,
         "dtype": str(flow.dtype).removeprefix("torch."),
         "frozen": [name for name, p in flow.named_parameters() if not p.requires_grad],
         "tied": [names for names in shared.values() if len(names) > 1],
@@ -244,8 +244,9 @@ def build(record: Record) -> Flow:
     if not isinstance(flow, Flow):
         raise SavedFileError(f"flow: expected a flow, got {type(flow).__name__}. {DAMAGED}")
     flow.to(dtype=DTYPES[dtype])
-    if field(record, "whitening", bool):
-        _call(flow.transform.whiten_, [], {}, "whitening")
+    rank = field(record, "whitening", int)
+    if rank:
+        _call(flow.transform.whiten_, [rank], {}, "whitening")
     _tie(flow, record)
     known = {
         "frozen": {name for name, _ in flow.named_parameters()},

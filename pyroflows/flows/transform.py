@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import ContextError, check_dtype, check_event
-from pyroflows.layers import Inverse, Layer, Sequential, Standardization, ToSupport, Whitening
+from pyroflows.layers import (
+    Inverse,
+    Layer,
+    LowRankWhitening,
+    Sequential,
+    Standardization,
+    ToSupport,
+    Whitening,
+)
 from pyroflows.layers.composition import as_layer
 from pyroflows.nn import ZeroStart
 from pyroflows.transforms import ComposedTransform, Transform
@@ -125,13 +133,20 @@ class FlowTransform(Transform, TransformModule):
         after = [layer(context) for layer in self._steps()[self._place :]]
         return ComposedTransform(after).inverse_and_ladj(y)[0]
 
-    def whiten_(self) -> Whitening:
-        """Give the standardization of a vector event correlations; location and scale stay."""
+    def whiten_(self, rank: int | None = None) -> Whitening | LowRankWhitening:
+        """Give the standardization of a vector event correlations; location and scale stay.
+
+        In every direction, or in so many where a rank is given that is below the features.
+        """
         if len(self.event_shape) != 1:
             raise ValueError(f"whiten_: expected a vector event, got {tuple(self.event_shape)}")
-        before = self.standardization
-        whitening = Whitening(*self.event_shape).to(before.loc)
-        whitening.set_(before.loc, before.scale)
+        before, (features,) = self.standardization, self.event_shape
+        whitening: Whitening | LowRankWhitening
+        if rank is None or rank == features:
+            whitening = Whitening(features)
+        else:
+            whitening = LowRankWhitening(features, rank)
+        whitening.to(before.loc).set_(before.loc, before.scale)
         self.standardization = whitening
         return whitening
 

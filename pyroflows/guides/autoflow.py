@@ -18,7 +18,7 @@ from torch.distributions import biject_to
 from pyroflows.distributions import FlowDistribution
 from pyroflows.errors import check_event
 from pyroflows.flows import Flow
-from pyroflows.guides.default import DENSE, default_flow
+from pyroflows.guides.default import DENSE, RANK, default_flow
 from pyroflows.guides.deltas import LatentDeltas
 from pyroflows.guides.groups import Groups
 from pyroflows.guides.log_joint import LogJoint
@@ -205,8 +205,8 @@ class AutoFlow(AutoContinuous):
         flow.to(dtype=loc.dtype, device=loc.device)
         standardization = flow.transform.standardization
         if standardization.is_identity():
-            if self.latent_dim <= DENSE:
-                standardization = flow.transform.whiten_()
+            rank = self.latent_dim if self.latent_dim <= DENSE else RANK
+            standardization = flow.transform.whiten_(rank)
             standardization.set_(loc, self._init_scale)
         self._modules["flow"] = flow
         self._make_flow = None

@@ -14,8 +14,8 @@ from pyroflows.flows.coupling import coupling_layers
 from pyroflows.layers import CouplingLayer, Layer, LULinear
 from pyroflows.transforms import Affine, RationalQuadratic
 
-#: Most latents whose correlations a guide starts with.
-DENSE = 200
+#: Most latents that start with all their correlations; of more, directions with correlations.
+DENSE, RANK = 200, 32
 
 
 def default_flow(features: int) -> Flow:

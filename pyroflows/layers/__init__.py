@@ -15,12 +15,11 @@ from pyroflows.layers.linear import (
     LULinear,
     MatrixExponential,
     Permutation,
-    Standardization,
-    Whitening,
 )
 from pyroflows.layers.orthogonal import Householder, OrthogonalLinear
 from pyroflows.layers.planar import PlanarLayer, RadialLayer, SylvesterLayer
 from pyroflows.layers.residual import ResidualLayer
+from pyroflows.layers.standardization import LowRankWhitening, Standardization, Whitening
 from pyroflows.layers.transformer import TransformerLayer
 
 __all__ = [
@@ -38,6 +37,7 @@ __all__ = [
     "LULinear",
     "Layer",
     "LearnedPermutation",
+    "LowRankWhitening",
     "MarginalGaussianization",
     "MatrixExponential",
     "OrthogonalLinear",

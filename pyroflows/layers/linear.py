@@ -1,4 +1,4 @@
-"""Linear layers: permutations, dense maps, activation normalisation, standardisation."""
+"""Linear layers: permutations, dense maps, activation normalisation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from pyroflows.transforms import (
     MatrixExponentialTransform,
     PermutationTransform,
     PixelwiseTransform,
-    Transform,
-    TriangularAffineTransform,
 )
 
 
@@ -250,88 +248,3 @@ class ActNorm(Layer):
         scale = rows.std(0, correction=0)
         self.log_scale.copy_(torch.where(scale > 0, scale, torch.ones_like(scale)).log())
         self.initialized.fill_(True)
-
-
-class Standardization(Layer):
-    r"""Fixed location and scale, :math:`y = x \odot \text{scale} + \text{loc}`, as buffers.
-
-    The identity from construction; the fit functions set it from data, guides from the model.
-
-    Parameters
-    ----------
-    event_shape
-        Shape of the event.
-    """
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, event_shape: Sequence[int]) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(tuple(event_shape)))
-        self.register_buffer("scale", torch.ones(tuple(event_shape)))
-
-    def forward(self, context: Tensor | None = None) -> Transform:
-        return DiagonalAffineTransform(self.loc, self.scale.log())
-
-    @torch.no_grad()
-    def set_(self, loc: Tensor | float, scale: Tensor | float) -> None:
-        """Set the location and the (positive) scale, broadcast to the event."""
-        scale = torch.as_tensor(scale)
-        if not (scale > 0).all():
-            raise ValueError(f"scale: expected positive numbers, got {scale}")
-        self.loc.copy_(torch.as_tensor(loc))
-        self.scale.copy_(scale)
-
-    def is_identity(self) -> bool:
-        """Whether nothing has set it yet."""
-        return bool((self.loc == 0).all() and (self.scale == 1).all())
-
-
-class Whitening(Standardization):
-    r"""Fixed affine map with correlations, :math:`y = \text{scale} \odot L x + \text{loc}`.
-
-    The identity from construction. Guides set it to the Gaussian that fits their posterior best, so
-    that their layers work where that has mean zero and unit covariance.
-
-    Parameters
-    ----------
-    features
-        Size of the event.
-
-    Examples
-    --------
-    >>> whitening = Whitening(2)
-    >>> whitening.set_covariance_(torch.zeros(2), torch.tensor([[4.0, 1.0], [1.0, 1.0]]))
-    >>> whitening().inv(torch.tensor([2.0, 0.5]))
-    tensor([1., 0.])
-    """
-
-    factor: Tensor
-
-    def __init__(self, features: int) -> None:
-        super().__init__((features,))
-        check_sizes(features, 0)
-        self.register_buffer("factor", torch.eye(features))
-
-    def forward(self, context: Tensor | None = None) -> Transform:
-        return TriangularAffineTransform(self.scale.unsqueeze(-1) * self.factor, self.loc)
-
-    @torch.no_grad()
-    def set_(self, loc: Tensor | float, scale: Tensor | float) -> None:
-        """Set the location and the (positive) scale, without correlations."""
-        super().set_(loc, scale)
-        self.factor.copy_(torch.eye(len(self.factor)))
-
-    @torch.no_grad()
-    def set_covariance_(self, loc: Tensor, covariance: Tensor) -> None:
-        """Set the mean and the covariance that a standard normal gets."""
-        factor = torch.linalg.cholesky(covariance)
-        scale = factor.norm(dim=-1)
-        super().set_(loc, scale)
-        self.factor.copy_(factor / scale.unsqueeze(-1))
-
-    def is_identity(self) -> bool:
-        return super().is_identity() and torch.equal(
-            self.factor, torch.eye(len(self.loc)).to(self.factor)
-        )

@@ -15,7 +15,7 @@ from pyroflows.numerics.quadrature import gauss_legendre, legendre_rule
 from pyroflows.numerics.rational import linear_rational_spline
 from pyroflows.numerics.rng import forked_rng
 from pyroflows.numerics.roots import increasing_root
-from pyroflows.numerics.score_matching import batch_and_match
+from pyroflows.numerics.score_matching import batch_and_match, low_rank_match
 from pyroflows.numerics.sums import sum_rightmost
 from pyroflows.numerics.tails import straight_tails
 
@@ -35,6 +35,7 @@ __all__ = [
     "integrate",
     "legendre_rule",
     "linear_rational_spline",
+    "low_rank_match",
     "rational_quadratic_spline",
     "soft_clamp",
     "straight_tails",

@@ -14,7 +14,7 @@ from torch.distributions import biject_to
 from pyroflows.distributions import Modes
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
-from pyroflows.layers import Whitening
+from pyroflows.layers import LowRankWhitening, Whitening
 from pyroflows.training.density import Density
 from pyroflows.training.gaussians import (
     LOOK,
@@ -25,6 +25,7 @@ from pyroflows.training.gaussians import (
     mixture_weights,
     separated,
 )
+from pyroflows.training.low_rank import correlate
 from pyroflows.training.walk import walk
 
 #: Modes of a smaller weight are left out.
@@ -65,7 +66,7 @@ def find_start(density: Density, count: int) -> Gaussians:
     """
     gaussians = find_gaussians(density, starting_points(density.guide, count))
     flow = density.guide.flow
-    _keep_if_better(density, lambda: _place(flow, gaussians))
+    _keep_if_better(density, lambda: _place(density, gaussians))
     if isinstance(flow.base, Modes) and len(gaussians.loc) > 1:
         weights = mixture_weights(density, gaussians)
         kept = (weights > LEAST) & separated(density, gaussians)
@@ -83,12 +84,15 @@ def _keep_if_better(density: Density, change: Callable[[], None]) -> None:
         flow.load_state_dict(before)
 
 
-def _place(flow: Flow, gaussians: Gaussians) -> None:
+def _place(density: Density, gaussians: Gaussians) -> None:
     """Standardise by the first Gaussian."""
-    standardization = flow.transform.standardization
+    standardization = density.guide.flow.transform.standardization
     loc, covariance = gaussians.loc[0], gaussians.covariance[0]
     if isinstance(standardization, Whitening) and len(covariance) == 1:
         standardization.set_covariance_(loc, covariance[0])
+    elif isinstance(standardization, LowRankWhitening) and len(covariance) == len(loc):
+        found = correlate(density, gaussians, standardization.rank)
+        standardization.set_low_rank_(found.loc, found.scale, found.basis, found.variance)
     else:
         standardization.set_(loc, covariance.diagonal(dim1=-2, dim2=-1).flatten().sqrt())
 

@@ -24,6 +24,7 @@ from pyroflows.transforms.elementwise import (
 from pyroflows.transforms.increasing import IncreasingTransform
 from pyroflows.transforms.linear import (
     DiagonalAffineTransform,
+    LowRankAffineTransform,
     LUTransform,
     MatrixExponentialTransform,
     PermutationTransform,
@@ -108,6 +109,7 @@ __all__ = [
     "LinearRational",
     "LinearRationalTransform",
     "LogisticTransform",
+    "LowRankAffineTransform",
     "MatrixExponentialTransform",
     "MixtureLogistic",
     "MixtureLogisticTransform",

@@ -39,6 +39,24 @@ def whitened() -> pfl.Whitening:
     return whitening
 
 
+def stretched(scale: Tensor, along: Tensor, bias: Tensor) -> pft.LowRankAffineTransform:
+    basis = scale.new_tensor([[0.6, 0.0], [0.8, 0.0], [0.0, 1.0]])
+    return pft.LowRankAffineTransform(scale.exp(), bias, basis, along.exp())
+
+
+def correlated() -> pfl.LowRankWhitening:
+    """As after a start of many latents."""
+    generator = torch.Generator().manual_seed(5)
+    whitening = pfl.LowRankWhitening(5, rank=2)
+    basis, _ = torch.linalg.qr(torch.randn(5, 2, generator=generator))
+    scale = torch.tensor([0.01, 0.1, 1.0, 1.0, 10.0])
+    whitening.set_low_rank_(torch.arange(5.0), scale, basis, torch.tensor([0.05, 20.0]))
+    return whitening
+
+
+LOW_RANK = ("transforms.LowRankAffineTransform",)
+
+
 class Pixels(pfl.Layer):
     """A nonlinear map of the channels, which the pixelwise transform takes as well."""
 
@@ -69,6 +87,16 @@ CASES: list[Case] = [
     held("triangular", triangular, (3, 3), (3,), covers=("transforms.TriangularAffineTransform",)),
     layer("whitening", pfl.Whitening),
     Case("whitening-set", "layer", whitened, ("layers.Whitening",), (3,), identity=False),
+    held("low-rank", stretched, (3,), (2,), (3,), covers=LOW_RANK),
+    layer("low-rank-whitening", pfl.LowRankWhitening, 5, rank=2),
+    Case(
+        "low-rank-whitening-set",
+        "layer",
+        correlated,
+        ("layers.LowRankWhitening",),
+        (5,),
+        identity=False,
+    ),
     held("orthogonal", rotation, (3, 3), covers=("transforms.OrthogonalTransform",)),
     held("matrix-exponential", pft.MatrixExponentialTransform, (3, 3), (3,)),
     *(
@@ -116,4 +144,7 @@ CASES: list[Case] = [
     mixing("householder", pf.MAF, 1, slow="forward"),
     mixing("permutation", pf.RealNVP, 1),
 ]
-ELSEWHERE = dict.fromkeys(("numerics.ascend", "numerics.batch_and_match"), "tests/test_start.py")
+ELSEWHERE = dict.fromkeys(
+    ("numerics.ascend", "numerics.batch_and_match", "numerics.low_rank_match"),
+    "tests/test_start.py",
+)
