@@ -233,10 +233,14 @@ class AutoAmortizedFlow(AutoGuide):
         return init
 
     def _draw_prior(self, reading: Reading, args: Any, kwargs: Any) -> Reading:
-        """A reading at a draw from the prior, or at start values where there is no drawing."""
+        """A reading at a draw from the prior, or the given one where there is none.
+
+        Improper priors cannot be drawn from, and simulators fail at some draws; a model that always
+        fails has done so in the reading that is given.
+        """
         try:
             return read_model(self.original_model, args, kwargs, None)
-        except NotImplementedError:
+        except Exception:
             return reading
 
     def register(self, *args: Any, **kwargs: Any) -> None:
