@@ -125,9 +125,12 @@ class AutoAmortizedFlow(AutoGuide):
                 "expected encoders={site: module} for latents local to plates, or encoder=module "
                 "for the global ones. A guide without either is an AutoFlow."
             )
-        for module in (*(encoders or {}).values(), *([] if encoder is None else [encoder])):
+        modules = {f"encoders[{site!r}]": module for site, module in (encoders or {}).items()}
+        if encoder is not None:
+            modules["encoder"] = encoder
+        for name, module in modules.items():
             if not isinstance(module, nn.Module):
-                raise TypeError(f"encoder: expected a torch module, got {module!r}")
+                raise TypeError(f"{name}: expected a torch module, got {module!r}")
         if flow is not None and (isinstance(flow, Flow) or not callable(flow)):
             raise TypeError(
                 "flow: expected a callable from features and context to a flow, for instance "

@@ -81,7 +81,10 @@ class DataEncoder(nn.Module):
             for site, standardization in zip(self.sites, self.inputs, strict=True)
         ]
         if self.encoders:
-            parts = [encoder(*tensors) for encoder in self.encoders]
+            try:
+                parts = [encoder(*tensors) for encoder in self.encoders]
+            except ShapeError as error:
+                raise ShapeError(f"encoder of {self.owners}: {error}") from error
         else:
             parts = [tensor.flatten(len(leading)) for tensor in tensors]
         for part in parts:
