@@ -128,9 +128,9 @@ class AutoAmortizedFlow(AutoGuide):
         modules = {f"encoders[{site!r}]": module for site, module in (encoders or {}).items()}
         if encoder is not None:
             modules["encoder"] = encoder
-        for name, module in modules.items():
+        for argument, module in modules.items():
             if not isinstance(module, nn.Module):
-                raise TypeError(f"{name}: expected a torch module, got {module!r}")
+                raise TypeError(f"{argument}: expected a torch module, got {module!r}")
         if flow is not None and (isinstance(flow, Flow) or not callable(flow)):
             raise TypeError(
                 "flow: expected a callable from features and context to a flow, for instance "
