@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from pyroflows.errors import ShapeError
-from pyroflows.nn import ConvEncoder, DeepSet, GRUEncoder, ImageEncoder
+from pyroflows.nn import AttentionPooling, ConvEncoder, DeepSet, GRUEncoder, ImageEncoder
 
-ENCODERS = [DeepSet, partial(DeepSet, standardize=True), GRUEncoder, ConvEncoder]
+SETS = [DeepSet, partial(DeepSet, standardize=True), AttentionPooling]
+ENCODERS = [*SETS, GRUEncoder, ConvEncoder]
 
 
 @pytest.mark.parametrize("make", ENCODERS)
@@ -35,9 +36,9 @@ def test_wrong_features(make: Any) -> None:
         make(2, 8)(torch.zeros(5, 3))
 
 
-@pytest.mark.parametrize("standardize", [False, True])
-def test_a_set_has_no_order_but_a_size(standardize: bool) -> None:
-    encoder = DeepSet(2, 8, standardize=standardize).double()
+@pytest.mark.parametrize("make", SETS)
+def test_a_set_has_no_order_but_a_size(make: Any) -> None:
+    encoder = make(2, 8).double()
     x = torch.randn(6, 2, dtype=torch.float64)
     torch.testing.assert_close(encoder(x.flip(0)), encoder(x))
     assert not torch.allclose(encoder(torch.cat([x, x])), encoder(x))
@@ -54,6 +55,25 @@ def test_a_standardised_set_shows_its_scale_however_small() -> None:
     equal = torch.ones(6, 2, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(encoder(equal).sum(), equal)
     assert gradient.isfinite().all()
+
+
+def test_attention_finds_the_one_element_that_matters() -> None:
+    """The largest of thirty, which a mean over them hardly shows."""
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for make in (AttentionPooling, DeepSet):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            encoder = make(1, 1, hidden_features=(16,))
+        adam = torch.optim.Adam(encoder.parameters(), 1e-2)
+        for _ in range(300):
+            x = torch.randn(64, 30, 1, generator=generator)
+            loss = (encoder(x) - x.amax(-2)).square().mean()
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        errors.append(loss.item())
+    assert errors[0] < 0.5 * errors[1]
 
 
 @pytest.mark.parametrize("make", [GRUEncoder, ConvEncoder])
@@ -88,6 +108,9 @@ def test_options() -> None:
     assert ConvEncoder(2, 8, hidden_features=(4, 6)).layers[2].out_channels == 6
     with pytest.raises(ValueError, match="kernel: expected an odd positive width, got 4"):
         ConvEncoder(2, 8, kernel=4)
+    assert AttentionPooling(2, 8, queries=3, heads=2).queries.shape == (3, 64)
+    with pytest.raises(ValueError, match="heads that divide the width 64, got 4 and 5"):
+        AttentionPooling(2, 8, heads=5)
     assert ImageEncoder(1, 8, grid=3, kernel=5).out.in_features == 32 * 9
     with pytest.raises(ValueError, match="grid: expected at least one field, got 0"):
         ImageEncoder(1, 8, grid=0)

@@ -25,6 +25,12 @@ def _one_batch(x: Tensor, event_dim: int = 2) -> Tensor:
     return x.reshape(x.shape[:-event_dim].numel(), *x.shape[-event_dim:])
 
 
+def _check_set(x: Tensor, features: int) -> None:
+    check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, features))
+    if not x.shape[-2]:
+        raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
+
+
 def _convolutions(
     convolution: type[nn.Conv1d] | type[nn.Conv2d],
     channels: int,
@@ -100,9 +106,7 @@ class DeepSet(RecordedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sets ``(*batch, elements, features)`` to contexts ``(*batch, out_features)``."""
-        check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
-        if not x.shape[-2]:
-            raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
+        _check_set(x, self.features)
         loc = x.mean(-2, keepdim=True)
         if not self.standardize:
             return self.whole(self._pooled(x)) + self.moments(loc.squeeze(-2))
@@ -118,6 +122,77 @@ class DeepSet(RecordedModule):
         mean = self.element(x).mean(-2)
         count = torch.full_like(mean[..., :1], x.shape[-2]).log()
         return torch.cat([mean, count], -1)
+
+
+class AttentionPooling(RecordedModule):
+    r"""Encoder of sets by attention: learned queries choose what to read of the elements.
+
+    .. math:: h = \rho\left(A(q_1), \dots, A(q_k),\; \log n\right), \qquad
+              A(q) = \sum_i \mathrm{softmax}_i\left(q^\top K \phi(x_i)\right) V \phi(x_i)
+
+    Where few elements matter, a `DeepSet`'s mean dilutes them; a query finds them. The same for
+    every order of the elements, whose number may differ from call to call. Costs the elements'
+    networks and one product with the queries for each.
+
+    Parameters
+    ----------
+    features
+        Size of an element.
+    out_features
+        Size of the context.
+    hidden_features
+        Widths of the hidden layers of :math:`\phi` and of :math:`\rho`; the last is that of the
+        attention.
+    queries
+        Number of queries :math:`k`.
+    heads
+        Heads of the attention, which divide its width.
+    activation
+        A module class without arguments.
+
+    References
+    ----------
+    Lee, Lee, Kim, Kosiorek, Choi and Teh, "Set transformer", ICML 2019.
+
+    Examples
+    --------
+    >>> AttentionPooling(2, 8)(torch.randn(5, 100, 2)).shape
+    torch.Size([5, 8])
+    """
+
+    def __init__(
+        self,
+        features: int,
+        out_features: int,
+        *,
+        hidden_features: Sequence[int] = (64, 64),
+        queries: int = 4,
+        heads: int = 4,
+        activation: Activation = nn.SiLU,
+    ) -> None:
+        super().__init__()
+        hidden = widths(hidden_features)
+        if queries < 1 or heads < 1 or hidden[-1] % heads:
+            raise ValueError(
+                f"queries, heads: expected positive numbers and heads that divide the width "
+                f"{hidden[-1]}, got {queries} and {heads}"
+            )
+        self.features = features
+        self.element = _perceptron([features, *hidden], activation)
+        self.queries = nn.Parameter(torch.randn(queries, hidden[-1]))
+        self.attention = nn.MultiheadAttention(hidden[-1], heads, batch_first=True)
+        whole = [queries * hidden[-1] + 1, *hidden, out_features]
+        self.whole = _perceptron(whole, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sets ``(*batch, elements, features)`` to contexts ``(*batch, out_features)``."""
+        _check_set(x, self.features)
+        elements = self.element(_one_batch(x))
+        queries = self.queries.expand(len(elements), *self.queries.shape)
+        read, _ = self.attention(queries, elements, elements, need_weights=False)
+        count = torch.full_like(read[:, 0, :1], x.shape[-2]).log()
+        out = self.whole(torch.cat([read.flatten(1), count], -1))
+        return out.reshape(*x.shape[:-2], out.shape[-1])
 
 
 class GRUEncoder(RecordedModule):

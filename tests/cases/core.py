@@ -301,7 +301,10 @@ ELSEWHERE = {
         "tests/test_nn.py",
     ),
     **dict.fromkeys(
-        ("nn.ConvEncoder", "nn.DeepSet", "nn.GRUEncoder", "nn.ImageEncoder"),
+        tuple(
+            f"nn.{name}"
+            for name in ("AttentionPooling", "ConvEncoder", "DeepSet", "GRUEncoder", "ImageEncoder")
+        ),
         "tests/test_encoders.py",
     ),
     # Functions with a closed form to compare with.
