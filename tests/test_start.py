@@ -288,7 +288,7 @@ def test_arms_that_a_guide_has_lost_are_seen_by_chains() -> None:
         torch.manual_seed(0)
         found = find_gaussians(density, torch.zeros(1, 2, dtype=torch.float64))
         latents, log_q = density.draw_guide(2000)
-        log_evidence = (density.score(latents) - log_q).exp().mean().log().item()
+        log_evidence = (density.value(latents) - log_q).exp().mean().log().item()
         assert log_evidence < -0.3  # of zero
         assert missed_mass(density, found, log_evidence) > 0.05
 

@@ -202,7 +202,7 @@ def _match(density: Density, now: Gaussians, draws: int) -> Gaussians:
 def _looked_at(density: Density, gaussians: Gaussians, draws: int) -> Gaussians:
     """The same with lower bounds from so many new draws."""
     z, log_q = gaussians.draw(draws)
-    elbo = lower_bound(density(z)[0] - log_q)
+    elbo = lower_bound(density.value(z) - log_q)
     return Gaussians(gaussians.loc, gaussians.covariance, elbo)
 
 
@@ -223,7 +223,7 @@ def separated(density: Density, gaussians: Gaussians) -> Tensor:
     kept = [0]
     for i in range(1, len(gaussians.loc)):
         ways = [torch.lerp(gaussians.loc[i], gaussians.loc[k], share) for k in kept]
-        heights = density(torch.stack(ways))[0]
+        heights = density.value(torch.stack(ways))
         ends = torch.minimum(heights[:, 0], heights[:, -1])
         if (ends - heights.amin(-1) > VALLEY).all():
             kept.append(i)
@@ -238,7 +238,7 @@ def mixture_weights(density: Density, gaussians: Gaussians) -> Tensor:
     z, _ = gaussians.draw(LOOK)
     log_g = gaussians.log_prob(z.flatten(0, 1))
     # All draws together are draws of the mixture with equal weights.
-    log_v = density(z)[0].flatten() - (log_g.logsumexp(0) - math.log(len(log_g)))
+    log_v = density.value(z).flatten() - (log_g.logsumexp(0) - math.log(len(log_g)))
     share = log_v.softmax(0)
     log_weights = torch.full((len(log_g),), -math.log(len(log_g)), dtype=log_g.dtype)
     for _ in range(50):

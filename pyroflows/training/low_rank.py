@@ -66,7 +66,7 @@ def correlate(density: Density, gaussians: Gaussians, rank: int) -> LowRankGauss
             break
         new = best.matched(z[usable], scores[usable], rank)
         z, log_q = new.draw(LOOK)
-        now = lower_bound((density(z)[0] - log_q)[None]).item()
+        now = lower_bound((density.value(z) - log_q)[None]).item()
         idle = 0 if now > elbo + NOISE else idle + 1
         if now > elbo:
             best, elbo = new, now

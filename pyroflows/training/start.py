@@ -117,7 +117,7 @@ def _place_modes(flow: Flow, gaussians: Gaussians, weights: Tensor) -> None:
 
 def _guide_lower_bound(density: Density) -> float:
     latents, log_q = density.draw_guide(LOOK)
-    return lower_bound((density(latents)[0] - log_q)[None]).item()
+    return lower_bound((density.value(latents) - log_q)[None]).item()
 
 
 @torch.no_grad()
@@ -135,7 +135,7 @@ def missed_mass(density: Density, gaussians: Gaussians, log_evidence: float) -> 
     them (`walk`): the share that ends there. The larger of the two is given.
     """
     z, log_g = gaussians.draw(LOOK)
-    log_p = density(z)[0] - log_evidence
+    log_p = density.value(z) - log_evidence
     mass = torch.where(_unseen(density, z, log_p) & log_g.isfinite(), (log_p - log_g).exp(), 0.0)
     shown = mass.sum(-1).square() >= SEEN_BY * mass.square().sum(-1)
     by_starts = torch.where(shown, mass.mean(-1), 0.0).sum().item()
@@ -147,7 +147,7 @@ def missed_mass(density: Density, gaussians: Gaussians, log_evidence: float) -> 
 
 def _ends_unseen(density: Density, chains: int, log_evidence: float) -> Tensor:
     ends = walk(density, chains)
-    return _unseen(density, ends, density(ends)[0] - log_evidence)
+    return _unseen(density, ends, density.value(ends) - log_evidence)
 
 
 def _unseen(density: Density, latents: Tensor, log_p: Tensor) -> Tensor:

@@ -282,7 +282,7 @@ class _SVI:
         for draws in LOOK:
             z, log_q = self.density.draw_guide(draws)
             latents.append(z)
-            log_weights.append(self.density.score(z) - log_q)
+            log_weights.append(self.density.value(z) - log_q)
             raw = torch.cat(log_weights)
             usable = raw.isfinite()
             if not usable.any():
