@@ -59,7 +59,7 @@ def assert_same_fit(recipe: Any, caplog: Any, tolerance: float = 1e-7, **options
     x = rows()
     flows = flow_of(recipe, **options), flow_of(recipe, **options)
     eager, fast = (fit(f, x, compile=c) for f, c in zip(flows, (False, True), strict=True))
-    assert not caplog.records
+    assert not [r for r in caplog.records if r.name.startswith("pyroflows")]
     assert fast.history.losses == pytest.approx(eager.history.losses, abs=tolerance)
     for mine, other in zip(flows[0].parameters(), flows[1].parameters(), strict=True):
         torch.testing.assert_close(mine, other, atol=tolerance, rtol=0)

@@ -15,6 +15,7 @@ from pyroflows.numerics import (
     bounded_exp,
     forked_rng,
     hidden_degrees,
+    log_abs_det,
     rational_quadratic_spline,
     soft_clamp,
     sum_rightmost,
@@ -99,6 +100,13 @@ def test_sum_rightmost(shape: list[int], data: st.DataObject) -> None:
 def raw_parameters(bins: int, *batch: int, scale: float = 1.0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return scale * torch.randn(3 * bins - 1, *batch, dtype=F64, generator=generator)
+
+
+def test_log_abs_det_is_that_of_torch_with_two_gradients() -> None:
+    matrix = torch.randn(4, 3, 3, dtype=F64, requires_grad=True)
+    assert torch.allclose(log_abs_det(matrix), torch.linalg.slogdet(matrix).logabsdet)
+    assert torch.autograd.gradcheck(log_abs_det, matrix)
+    assert torch.autograd.gradgradcheck(log_abs_det, matrix)
 
 
 @pytest.mark.parametrize("bins", [1, 2, 8])

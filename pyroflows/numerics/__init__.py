@@ -3,6 +3,7 @@
 from pyroflows.numerics.ascent import ascend
 from pyroflows.numerics.bounded import bounded_exp, soft_clamp
 from pyroflows.numerics.concrete import has_values
+from pyroflows.numerics.determinant import log_abs_det
 from pyroflows.numerics.fixed_point import (
     batched_vjp,
     contraction_root,
@@ -35,6 +36,7 @@ __all__ = [
     "integrate",
     "legendre_rule",
     "linear_rational_spline",
+    "log_abs_det",
     "low_rank_match",
     "rational_quadratic_spline",
     "soft_clamp",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.numerics import sum_rightmost
+from pyroflows.numerics import log_abs_det, sum_rightmost
 from pyroflows.transforms.base import Transform, call_and_ladj, inverse_and_ladj
 from pyroflows.transforms.univariate import AffineTransform
 
@@ -190,7 +190,7 @@ class LowRankAffineTransform(Transform):
         return unit + (self.stretch - 1).unsqueeze(-1) * gram
 
     def _log_det(self, small: Tensor, like: Tensor) -> Tensor:
-        log_det = self.scale.log().sum() + torch.linalg.slogdet(small).logabsdet
+        log_det = self.scale.log().sum() + log_abs_det(small)
         return log_det.expand(like.shape[:-1])
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:

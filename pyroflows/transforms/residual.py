@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.numerics import batched_vjp, contraction_root, value_and_jacobian
+from pyroflows.numerics import batched_vjp, contraction_root, log_abs_det, value_and_jacobian
 from pyroflows.transforms.base import Transform
 
 LogDet = Literal["exact", "unbiased"]
@@ -95,7 +95,7 @@ class ResidualTransform(Transform):
     def _exact(self, x: Tensor) -> tuple[Tensor, Tensor]:
         value, matrix = value_and_jacobian(self.function, x)
         eye = torch.ones_like(value).diag_embed()
-        return value, torch.linalg.slogdet(eye + matrix).logabsdet
+        return value, log_abs_det(eye + matrix)
 
     def _unbiased(self, x: Tensor) -> tuple[Tensor, Tensor]:
         value, vjp = batched_vjp(self.function, x)

@@ -315,6 +315,7 @@ ELSEWHERE = {
             "numerics.bounded_exp",
             "numerics.forked_rng",
             "numerics.hidden_degrees",
+            "numerics.log_abs_det",
             "numerics.soft_clamp",
             "numerics.sum_rightmost",
         ),
