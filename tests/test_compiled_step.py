@@ -14,7 +14,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 import pyroflows as pf
-from pyroflows.training import compiled, recorded
+from pyroflows.training import compiled, recorded, repay
 from pyroflows.training.adam import Adam
 from pyroflows.training.compiled import CompiledStep
 
@@ -85,6 +85,58 @@ def test_compiled_steps_are_the_eager_ones(recipe: Any, options: Any, caplog: An
     assert_same_fit(recipe, caplog, **options)
 
 
+def test_auto_compiles_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, waiting, fast = (flow_of(pf.MAF) for _ in range(3))
+    fits = [fit(eager, rows()), fit(waiting, rows(), compile="auto")]
+    monkeypatch.setattr(repay, "START", 0.0)
+    monkeypatch.setattr(repay, "PER_OPERATION", 0.0)
+    fits.append(fit(fast, rows(), compile="auto"))
+    for other in fits[1:]:
+        assert other.history.losses == pytest.approx(fits[0].history.losses, abs=1e-7)
+    assert fits[0].compiled == ""
+    assert fits[1].compiled.startswith("not compiled: 15 steps would save about")
+    assert fits[2].compiled.startswith("compiled in ")
+    assert "\nsteps compiled in " in str(fits[2])
+
+
+def test_auto_in_a_fit_that_may_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repay, "START", 0.0)
+    monkeypatch.setattr(repay, "PER_OPERATION", 0.0)
+    options: Any = {"steps": None, "starts": 0, "budget": 30, "enough": 1.0}
+    fits = [fit_schools(c, **options)[1] for c in (False, "auto")]
+    assert fits[1].compiled.startswith("compiled in ")
+    assert fits[1].history.losses == pytest.approx(fits[0].history.losses, abs=5e-3)
+
+
+def test_what_cannot_be_compiled_is_said_once(caplog: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr(repay, "START", 0.0)
+    _, fitted = fit_schools("auto", model=own_parameter, steps=15)
+    assert fitted.compiled == "not compiled: 1 parameters belong to the model, not to the guide"
+    assert len([r for r in caplog.records if "compiled" in r.message]) == 1
+
+
+def test_an_unknown_choice_is_an_error() -> None:
+    with pytest.raises(ValueError, match="compile: expected True, False or 'auto', got 'always'"):
+        fit(flow_of(pf.MAF), rows(), compile="always")
+
+
+@pytest.mark.slow
+def test_what_was_compiled_is_kept() -> None:
+    """In Inductor's cache, for other processes too; its own counters tell."""
+    from torch._dynamo.utils import counters
+
+    def step(x: Tensor) -> Tensor:
+        return (x.sin() + float(seed)).sum()
+
+    seed = torch.randint(2**31, ())  # nothing that an earlier run has left
+    x = torch.arange(5.0)
+    graph = recorded.record(step, [x])
+    before = counters["inductor"]["fxgraph_cache_hit"]
+    for hits in range(2):
+        torch.testing.assert_close(recorded.inductor(graph, [x])(x), step(x))
+        assert counters["inductor"]["fxgraph_cache_hit"] == before + hits
+
+
 def schools(sigma: Tensor, y: Tensor) -> None:
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
@@ -93,7 +145,7 @@ def schools(sigma: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
 
 
-def fit_schools(compile: bool, model: Any = schools, **options: Any) -> tuple[Any, Any]:
+def fit_schools(compile: Any, model: Any = schools, **options: Any) -> tuple[Any, Any]:
     pyro.clear_param_store()
     torch.manual_seed(0)
     y = torch.tensor([28.0, 8.0, -3.0, 7.0])

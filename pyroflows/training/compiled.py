@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,12 @@ from pyroflows.numerics.concrete import recording
 from pyroflows.training.adam import BETA1, BETA2, EPS, Adam
 from pyroflows.training.processes import world
 from pyroflows.training.recorded import in_double, inductor, record
+from pyroflows.training.repay import Repay, count_operations
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Any, ...]
+Compile = bool | Literal["auto"]
 #: How far compiled gradients may be from those of float64 and from eager ones, relative to their
 #: norm and in units of the square root of the dtype's rounding: about 0.003 in float32.
 TOLERANCE = 10.0
@@ -46,6 +48,8 @@ class CompiledStep:
         What is trained.
     clip_norm
         Largest norm of the gradient.
+    repay
+        Asked before each step whether to compile now; None for at the first.
 
     Attributes
     ----------
@@ -55,8 +59,15 @@ class CompiledStep:
         Why all steps are eager; empty where they are not.
     """
 
-    def __init__(self, loss: nn.Module, parameters: Sequence[Tensor], clip_norm: float) -> None:
+    def __init__(
+        self,
+        loss: nn.Module,
+        parameters: Sequence[Tensor],
+        clip_norm: float,
+        repay: Repay | None = None,
+    ) -> None:
         self.loss, self.parameters, self.clip_norm = loss, list(parameters), clip_norm
+        self.repay = repay
         self.seconds = 0.0
         self.refused = "several processes average their gradients" if world()[1] > 1 else ""
         self._state: _State | None = None
@@ -64,9 +75,18 @@ class CompiledStep:
         self._graph: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
         self._batch: Batch = ()
 
-    def take(self, adam: Adam, lr: float, batch: Batch) -> Tensor | None:
-        """One step; the loss before it, or None where nothing was done."""
+    @property
+    def outcome(self) -> str:
+        """What became of the steps, in words."""
         if self.refused:
+            return f"not compiled: {self.refused}"
+        if self._graph is not None:
+            return f"compiled in {self.seconds:.1f} s"
+        return f"not compiled: {self.repay.reason if self.repay else 'there was no step'}"
+
+    def take(self, adam: Adam, lr: float, batch: Batch, left: int = 1) -> Tensor | None:
+        """One step, ``left`` with those to come; the loss before it, or None: nothing was done."""
+        if self.refused or not self._is_due(left, batch):
             return None
         if self._state is None:
             self._state = _State(adam)
@@ -87,6 +107,22 @@ class CompiledStep:
             parameter.data = parameter.detach().clone()
         self._state = None
 
+    def _is_due(self, left: int, batch: Batch) -> bool:
+        """Whether the step is compiled, or to be compiled now."""
+        if self.repay is None or self._state is not None:
+            return True
+        try:
+            return self.repay.due(left, lambda: self._operations(batch))
+        except Exception as error:  # what cannot be counted cannot be recorded
+            self._refuse(error)
+            return False
+
+    def _operations(self, batch: Batch) -> int:
+        """How many operations the recorded step will have, nearly."""
+        flat = _joined([parameter.detach() for parameter in self.parameters])
+        with recording(), forked_rng(0):
+            return count_operations(lambda: self._value_and_gradient(flat, batch))
+
     def _compile(self, inputs: list[Tensor], batch: Batch) -> None:
         start = time.perf_counter()
         self._batch, self._tries = batch, self._tries + 1
@@ -96,15 +132,17 @@ class CompiledStep:
                 self._graph = self._checked(inputs, batch)
                 logger.info("compiled in %.1f s", time.perf_counter() - start)
         except Exception as error:  # of whatever kind: the eager step is still there
-            self.refused = str(error).partition("\n")[0] or type(error).__name__
-            logger.warning(
-                "The step cannot be compiled (%s): it is taken operation by operation.",
-                self.refused,
-            )
+            self._refuse(error)
         finally:
             # Torch's compiler switches the validation of all distributions off.
             Distribution.set_default_validate_args(validation)
         self.seconds += time.perf_counter() - start
+
+    def _refuse(self, error: Exception) -> None:
+        self.refused = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning(
+            "The step cannot be compiled (%s): it is taken operation by operation.", self.refused
+        )
 
     def _is_defined(self, batch: Batch) -> bool:
         """Whether the step can be compared here; raise where it has not been for long."""
@@ -166,6 +204,16 @@ class CompiledStep:
             loss = self.loss(*batch)
             found = torch.autograd.grad(loss, parts, materialize_grads=True)
         return loss.detach(), torch.cat([part.reshape(-1) for part in found])
+
+
+def compiled_step(
+    compile: Compile, loss: nn.Module, parameters: Sequence[Tensor], clip_norm: float, sure: bool
+) -> CompiledStep | None:
+    """What the option ``compile`` of a fit asks for; see `Repay` for ``sure``."""
+    if compile not in (True, False, "auto"):
+        raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
+    repay = Repay(sure) if compile == "auto" else None
+    return CompiledStep(loss, parameters, clip_norm, repay) if compile else None
 
 
 class _State:

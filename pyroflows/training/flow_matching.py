@@ -176,7 +176,7 @@ def fit_flow_matching(
     >>> fit.stop_reason
     'all steps were done'
     """
-    history, reason, seconds = fit_rows(
+    history, reason, seconds, _ = fit_rows(
         flow,
         FlowMatchingLoss(flow, coupling),
         x,

@@ -170,7 +170,9 @@ class Loop:
     def _step(self, step: int) -> None:
         """One step; nothing is read from the device."""
         batch, rate = next(self.batches), self._rate(step)
-        loss = self.compiled.take(self._adam, rate, batch) if self.compiled is not None else None
+        loss = None
+        if self.compiled is not None:
+            loss = self.compiled.take(self._adam, rate, batch, self.steps - step + 1)
         if loss is None:
             loss, bad = self._eager(rate, batch)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from pyroflows.flows import Flow
+from pyroflows.training.compiled import Compile
 from pyroflows.training.devices import Device
 from pyroflows.training.losses import NegativeLogLikelihood
 from pyroflows.training.result import MLEFit
@@ -29,7 +30,7 @@ def fit_mle(
     checkpoint: str | os.PathLike[str] | None = None,
     device: Device = None,
     dtype: torch.dtype | None = None,
-    compile: bool = False,
+    compile: Compile = False,
     progress: bool | None = None,
     seed: int | None = None,
 ) -> MLEFit:
@@ -74,9 +75,10 @@ def fit_mle(
         Where to move the flow and the batches, and to which floating dtype; by default as the flow
         is. ``"auto"`` is a GPU where there is one.
     compile
-        Whether to compile the step, loss, gradient and update in one, which takes about a minute
-        once and pays in long fits and small flows. Steps that cannot be compiled are taken as
-        without it, with a message.
+        Whether to compile the step, loss, gradient and update in one, which takes about half a
+        minute once and pays in long fits of small flows; ``"auto"`` for only where the steps to
+        come are likely to repay it. Steps that cannot be compiled are taken as without it, with a
+        message.
     progress
         Whether to show a bar with the loss in nats; None for only in interactive use.
     seed
@@ -104,7 +106,7 @@ def fit_mle(
     >>> fit.stop_reason
     'all steps were done'
     """
-    history, reason, seconds = fit_rows(
+    history, reason, seconds, compiled = fit_rows(
         flow,
         NegativeLogLikelihood(flow),
         x,
@@ -124,4 +126,4 @@ def fit_mle(
         seed=seed,
         title=f"{type(flow).__name__} by maximum likelihood",
     )
-    return MLEFit(history, reason, seconds)
+    return MLEFit(history, reason, seconds, compiled=compiled)

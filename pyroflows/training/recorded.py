@@ -24,8 +24,14 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphMo
 def inductor(recorded: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Recorded operations compiled by Inductor, random numbers drawn as in eager mode."""
     from torch import _inductor
+    from torch._guards import TracingContext, tracing
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    with _inductor.config.patch(OPTIONS):
+    # Inductor keeps what it has compiled for other processes only where it knows of symbolic
+    # shapes, of which there are none here.
+    context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
+    with _inductor.config.patch(OPTIONS), tracing(context):
         return cast("Callable[..., Any]", _inductor.compile(recorded, list(inputs)))
 
 

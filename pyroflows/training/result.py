@@ -53,11 +53,15 @@ class Fit:
         Why it ended, in words.
     seconds
         Wall time of the training.
+    compiled
+        What came of the option ``compile``: how long that took, or why the steps were taken
+        operation by operation. Empty where it was not asked for.
     """
 
     history: History
     stop_reason: str
     seconds: float
+    compiled: str = field(default="", kw_only=True)
 
     #: What the vertical axis of the plot shows, and what the checked losses are.
     _quantity = "loss (nats)"
@@ -89,9 +93,11 @@ class Fit:
             return f"no steps, in {self.seconds:.1f} s: {self.stop_reason}"
         step, best = self.history.best
         skipped = f", {self.history.skipped} steps skipped" if self.history.skipped else ""
+        compiled = f"\nsteps {self.compiled}" if self.compiled else ""
         return (
             f"{len(self.history.losses)} steps in {self.seconds:.1f} s, stopped because "
             f"{self.stop_reason}{skipped}; best {self._quantity} {best:.4f} at step {step}"
+            f"{compiled}"
         )
 
     def __str__(self) -> str:

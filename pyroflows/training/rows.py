@@ -15,7 +15,7 @@ from pyroflows.errors import DataError
 from pyroflows.flows import Flow
 from pyroflows.numerics import forked_rng
 from pyroflows.training.checkpoint import Checkpoint
-from pyroflows.training.compiled import CompiledStep
+from pyroflows.training.compiled import Compile, compiled_step
 from pyroflows.training.data import (
     MIN_ROWS,
     Batch,
@@ -55,11 +55,11 @@ def fit_rows(
     seed: int | None,
     title: str,
     unit: str = "nats",
-    compile: bool = False,
+    compile: Compile = False,
     check_loss: nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> tuple[History, str, float]:
-    """Minimise a loss of rows and contexts; the history, the reason of the end, the seconds.
+) -> tuple[History, str, float, str]:
+    """Minimise a loss of rows and contexts; history, reason of the end, seconds, what was compiled.
 
     The options are those of `pyroflows.fit_mle`; ``title`` and ``unit`` are for the bar, and
     ``check_loss`` is for held-out rows, where that is another than ``loss``.
@@ -84,7 +84,7 @@ def fit_rows(
             title=title,
             unit=unit,
             weigh=lambda x, context: len(x),
-            compiled=CompiledStep(loss, parameters, clip_norm) if compile else None,
+            compiled=compiled_step(compile, loss, parameters, clip_norm, sure=True),
         )
         stored = _keep(loop, flow, checkpoint) if checkpoint is not None else None
         # After the checks of all arguments: what is refused stays as it is.
@@ -96,7 +96,8 @@ def fit_rows(
             flow.initialize_(*next(iter(train)))
         broadcast_(flow.state_dict())
         reason, seconds = loop.run()
-    return loop.history, reason, seconds
+    compiled = "" if loop.compiled is None else loop.compiled.outcome
+    return loop.history, reason, seconds, compiled
 
 
 def _keep(loop: Loop, flow: Flow, path: str | os.PathLike[str]) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from pyroflows.guides import AutoAmortizedFlow, AutoFlow
 from pyroflows.guides.default import DENSE
 from pyroflows.training.amortized import fit_amortized
 from pyroflows.training.checkpoint import Checkpoint
-from pyroflows.training.compiled import CompiledStep
+from pyroflows.training.compiled import Compile, compiled_step
 from pyroflows.training.density import Density
 from pyroflows.training.devices import Device, moved, place_
 from pyroflows.training.gaussians import Gaussians
@@ -53,7 +53,7 @@ def fit_svi(
     psis_samples: int = 10_000,
     checkpoint: str | os.PathLike[str] | None = None,
     device: Device = None,
-    compile: bool = False,
+    compile: Compile = False,
     progress: bool | None = None,
     seed: int | None = None,
 ) -> SVIFit:
@@ -121,8 +121,9 @@ def fit_svi(
         a GPU where there is one.
     compile
         Whether to compile the step, model, flow, gradient and update in one, which takes a while
-        once and makes steps of small models several times faster. A model that cannot be compiled,
-        or has parameters of its own, is fitted as without it, with a message.
+        once and makes steps of small models several times faster; ``"auto"`` for only where the
+        steps to come are likely to repay it. A model that cannot be compiled, or has parameters of
+        its own, is fitted as without it, with a message.
     progress
         Whether to show a bar with the loss in nats; None for only in interactive use.
     seed
@@ -174,7 +175,7 @@ def fit_svi(
     if place is not None:
         args, kwargs = moved(args, place), moved(kwargs, place)
     if isinstance(guide, AutoAmortizedFlow):
-        if estimator != "stl" or checkpoint is not None or compile:
+        if estimator != "stl" or checkpoint is not None or compile is True:
             raise ValueError(
                 "an AutoAmortizedFlow has neither other estimators, checkpoints, nor compiled steps"
             )
@@ -214,6 +215,7 @@ def fit_svi(
             fit.seconds,
             psis=fit.report(psis_samples) if psis_samples else None,
             dropped=sum(gathered(fit.loss.dropped)),
+            compiled=fit.compiled,
         )
 
 
@@ -229,7 +231,7 @@ class _SVI:
     enough: float | None
     lr: float
     clip_norm: float
-    compile: bool
+    compile: Compile
     progress: bool | None
     checkpoint: Checkpoint | None
     gaussians: Gaussians | None = None
@@ -247,7 +249,9 @@ class _SVI:
         self.loop = None if only_start else self._loop(parameters)
 
     def _loop(self, parameters: list[Tensor]) -> Loop:
-        compiled = CompiledStep(self.loss, parameters, self.clip_norm) if self.compile else None
+        compiled = compiled_step(
+            self.compile, self.loss, parameters, self.clip_norm, sure=not self.adaptive
+        )
         return Loop(
             loss=self.loss,
             batches=repeat((self.args, self.kwargs)),
@@ -266,6 +270,12 @@ class _SVI:
             save=None if self.checkpoint is None else self._save,
             weigh=lambda *batch: self.loss.draws,
         )
+
+    @property
+    def compiled(self) -> str:
+        """What came of the option ``compile``."""
+        steps = self.loop and self.loop.compiled
+        return steps.outcome if steps else ""
 
     def run(self, starts: int) -> None:
         """Find a start and train, from the checkpoint on where there is one."""
