@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,10 +126,10 @@ def test_what_was_compiled_is_kept() -> None:
     """In Inductor's cache, for other processes too; its own counters tell."""
     from torch._dynamo.utils import counters
 
-    def step(x: Tensor) -> Tensor:
-        return (x.sin() + float(seed)).sum()
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        return ((x.sin() + seed).sum(),)
 
-    seed = torch.randint(2**31, ())  # nothing that an earlier run has left
+    seed = secrets.randbelow(1_000_000)  # nothing that an earlier run has left
     x = torch.arange(5.0)
     graph = recorded.record(step, [x])
     before = counters["inductor"]["fxgraph_cache_hit"]

@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Seconds that compiling takes: at least, and for each operation of a step. Measured, in an empty
-#: cache, of flows with 300 to 1,600 operations: 19 to 33 s of one core.
-START, PER_OPERATION = 15.0, 0.01
+#: cache, of steps of 300 to 1,900 operations: 19 to 35 s of one core, for a guide 46 to 63 s.
+START, PER_OPERATION = 15.0, 0.015
 #: What a compiled step saves: seconds for each of its operations, or a share of it where batches
 #: are large. Measured of the same flows: 2.6 to 4.7 microseconds in batches of 64 to 256, and a
 #: quarter to nine tenths.
