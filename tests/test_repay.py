@@ -55,7 +55,7 @@ def test_large_batches_save_a_share(monkeypatch: Any) -> None:
 
 
 def test_a_fit_that_may_end_is_compiled_when_it_has_lasted(monkeypatch: Any) -> None:
-    """19.5 s to compile, a quarter saved, 1 ms a step: after as many steps as would have repaid it."""
+    """19.5 s to compile, a quarter saved, 1 ms a step: after as many steps as would repay it."""
     step, _ = compiled_at(monkeypatch, False, 100_000, 0.004, 300)
     assert step == pytest.approx(19.5 / 0.001, rel=0.01)
     step, reason = compiled_at(monkeypatch, False, 2800, 0.004, 300)

@@ -110,7 +110,8 @@ def fit_svi(
         So many steps instead, whatever the draws' effectiveness, with a learning rate that falls to
         zero.
     lr, clip_norm
-        Of the optimiser; the learning rate is by default 0.01, or 0.003 of an amortised guide.
+        Of the optimiser; the learning rate is by default 0.01, of more than 10 latents less by the
+        root of their number, down to 0.003, as of an amortised guide.
     psis_samples
         Draws for the report on the result; 0 for no report.
     checkpoint
@@ -202,7 +203,7 @@ def fit_svi(
             loss=NegativeELBO(guide, own_share(draws, "draws"), estimator),
             steps=budget if steps is None else steps,
             enough=enough if steps is None else None,
-            lr=0.01 if lr is None else lr,
+            lr=_default_rate(guide.latent_dim) if lr is None else lr,
             clip_norm=clip_norm,
             compile=compile,
             progress=progress,
@@ -217,6 +218,11 @@ def fit_svi(
             dropped=sum(gathered(fit.loss.dropped)),
             compiled=fit.compiled,
         )
+
+
+def _default_rate(latents: int) -> float:
+    """Learning rate: in one step of Adam a dense layer's output moves with the inputs' number."""
+    return max(0.003, 0.01 * min(1.0, (10 / latents) ** 0.5))
 
 
 @dataclass
