@@ -67,7 +67,8 @@ def check_event(name: str, value: Tensor, event_shape: Sequence[int]) -> None:
 def check_dtype(name: str, value: Tensor, dtype: torch.dtype) -> None:
     """Raise `TypeError` unless ``value`` has the floating dtype of the module that reads it."""
     if value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+        or_flow = f" or the flow with .to({value.dtype})" if value.is_floating_point() else ""
         raise TypeError(
             f"{name}: expected {dtype}, the flow's own dtype, got {value.dtype}. "
-            f"Convert the value with .to({dtype}) or the flow with .to({value.dtype})."
+            f"Convert the value with .to({dtype}){or_flow}."
         )

@@ -127,6 +127,16 @@ def test_values_beyond_the_flows_precision() -> None:
     fit(small().double(), x / 1e300, steps=1)
 
 
+def test_values_whose_variance_overflows() -> None:
+    x = rows()
+    x[3, 1] = 1e30
+    with pytest.raises(DataError, match=r"x: the variance of column 1 overflows torch.float32"):
+        fit(small(), x)
+    with pytest.raises(DataError, match=r"context: the variance of column 1 overflows"):
+        fit(small(2, 2), rows(), x)
+    fit(small().double(), x.double(), steps=1)
+
+
 def test_contexts_and_validation_rows_that_are_not_finite() -> None:
     bad = with_bad_rows(float("nan"))
     with pytest.raises(DataError, match=r"^context: 2 of 50 rows are not finite"):

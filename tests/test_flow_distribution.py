@@ -364,7 +364,7 @@ def test_one_feature(recipe: Any, options: dict[str, Any]) -> None:
         ),
         (
             TypeError,
-            r"value: expected torch.float32.*got torch.int64",
+            r"value: expected torch.float32.*got torch.int64. Convert .*\(torch.float32\)\.$",
             lambda f, g: f().log_prob(torch.zeros(3).long()),
         ),
         (ContextError, "but the flow has none", lambda f, g: f(torch.zeros(2))),

@@ -303,7 +303,7 @@ def test_values_at_the_end_are_warned_of() -> None:
         (constraints.nonnegative_integer, ValueError, "Discrete data need pyroflows.Dequantized"),
         ("positive", TypeError, "expected a constraint or a list of them, got 'positive'"),
         (["real"] * 3, TypeError, "expected a constraint or a list of them, got 'real'"),
-        ([constraints.real] * 2, ValueError, "expected 2 columns, got 3"),
+        ([constraints.real] * 2, ValueError, "expected a constraint for each of 3 features, got 2"),
         ([constraints.simplex] * 3, ValueError, "expected a scalar constraint per column"),
         (constraints.interval(2.0, 1.0), ValueError, "expected lower < upper"),
         (constraints.interval(torch.zeros(2, 2), 1.0), ValueError, "numbers or vectors"),

@@ -27,6 +27,11 @@ def inner_features(features: int, support: Any) -> int:
     if support is None:
         return features
     to_support = ToSupport(support)
+    if to_support.columns and len(to_support.support.cseq) != features:
+        raise ValueError(
+            f"support: expected a constraint for each of {features} features, got "
+            f"{len(to_support.support.cseq)}"
+        )
     event = (features,) * max(1, to_support.support.event_dim)
     shape = torch.Size(to_support().inverse_shape(event))
     if len(shape) != 1 or shape[0] < 1:

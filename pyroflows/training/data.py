@@ -203,13 +203,19 @@ def take(rows: Rows, index: Tensor) -> Rows:
 def location_and_scale(batches: Iterable[Batch], which: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over batches; 1 for a column that does not vary.
 
-    Of several processes, over the batches of all.
+    Of several processes, over the batches of all. Raises `DataError` where they overflow.
     """
     count, mean, total = _merged(_moments(batch[which]) for batch in batches)
     if world()[1] > 1:
         parts = gathered((count, mean.cpu(), total.cpu()))
         count, mean, total = _merged((n, m.to(mean), t.to(mean)) for n, m, t in parts)
     scale = (total / count).sqrt()
+    if not scale.isfinite().all():
+        column = (~scale.isfinite()).flatten().nonzero()[0].item()
+        raise DataError(
+            f"{('x', 'context')[which]}: the variance of column {column} overflows {scale.dtype}. "
+            "Correct its values, or give it in other units."
+        )
     # Rounding leaves a constant column a deviation of about one unit in the last place.
     constant = scale <= 10 * torch.finfo(scale.dtype).eps * mean.abs()
     return mean, torch.where(constant, torch.ones_like(scale), scale)
