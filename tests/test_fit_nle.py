@@ -152,3 +152,16 @@ def test_simulations_must_have_the_sites(by_rows: Any) -> None:
         pf.fit_nle(simulator, observed="y", simulations=lacking)
     with pytest.raises(ShapeError, match=r"'y': expected data of shape \(rows, 2\), got \(5, 3\)"):
         by_rows.model(torch.zeros(5, 3))
+
+
+def test_a_flow_in_double_precision() -> None:
+    """Of a model in single precision, by the option of `fit_mle`."""
+    options: dict[str, Any] = {"observed": "y", "flow": small, "vectorized": True, "seed": 0}
+    fit = pf.fit_nle(
+        simulator, 2, simulations=200, steps=5, dtype=torch.float64, progress=False, **options
+    )
+    assert fit.flow.dtype == torch.float64
+    trace = pyro.poutine.trace(fit.model(torch.zeros(2, 2))).get_trace(2)
+    trace.compute_log_prob()
+    assert trace.nodes["mean"]["value"].dtype == torch.float32
+    assert trace.nodes["y"]["log_prob"].dtype == torch.float64

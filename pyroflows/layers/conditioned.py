@@ -91,7 +91,7 @@ class CouplingLayer(Layer):
         )
 
     def forward(self, context: Tensor | None = None) -> CouplingTransform:
-        conditioner = Conditioner(self.network, self.univariate.count, context)
+        conditioner = Conditioner(self.network, self.univariate.count, context, reducible=True)
         return CouplingTransform(self.univariate, conditioner, self.order, self.restore, self.kept)
 
 
@@ -148,6 +148,6 @@ class AutoregressiveLayer(Layer):
         )
 
     def forward(self, context: Tensor | None = None) -> Transform:
-        conditioner = Conditioner(self.network, self.univariate.count, context)
+        conditioner = Conditioner(self.network, self.univariate.count, context, reducible=True)
         transform = AutoregressiveTransform(self.univariate, conditioner)
         return transform if self.one_pass == "forward" else InverseTransform(transform)

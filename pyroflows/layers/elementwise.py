@@ -61,5 +61,5 @@ class ElementwiseLayer(Layer):
     def forward(self, context: Tensor | None = None) -> ElementwiseTransform:
         if self.network is None:
             return ElementwiseTransform(self.univariate, self.params)
-        conditioner = Conditioner(self.network, self.univariate.count, context)
+        conditioner = Conditioner(self.network, self.univariate.count, context, reducible=True)
         return ElementwiseTransform(self.univariate, conditioner)

@@ -74,6 +74,6 @@ class TransformerLayer(Layer):
         )
 
     def forward(self, context: Tensor | None = None) -> Transform:
-        conditioner = Conditioner(self.network, self.univariate.count, context)
+        conditioner = Conditioner(self.network, self.univariate.count, context, reducible=True)
         transform = AutoregressiveTransform(self.univariate, conditioner)
         return transform if self.one_pass == "forward" else InverseTransform(transform)

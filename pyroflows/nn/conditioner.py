@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pyroflows.nn.masked import Unrolled
+from pyroflows.numerics.precision import reduced_evaluations
 
 
 class _Method(nn.Module):
@@ -34,12 +36,23 @@ class Conditioner:
         Raw parameters per feature.
     context
         The context, or None.
+    reducible
+        Whether rounding in the network does no harm; see
+        `pyroflows.numerics.precision`. Not where what it gives is iterated, or its derivatives are
+        a part of the density.
     """
 
-    def __init__(self, network: nn.Module, count: int, context: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        count: int,
+        context: Tensor | None = None,
+        reducible: bool = False,
+    ) -> None:
         self.network = network
         self.count = count
         self.context = context
+        self.reducible = reducible
         self._held: dict[str, Tensor] | None = None
 
     def bound(self) -> Conditioner:
@@ -48,21 +61,26 @@ class Conditioner:
         A functional call puts the network's own back when it ends; a backward pass that evaluates
         the network comes after that.
         """
-        bound = Conditioner(self.network, self.count, self.context)
-        bound._held = self._parameters()
-        return bound
+        return self.replaced(self.tensors())
 
     def detach_params(self, keep_context: bool = False) -> Conditioner:
         """The same function with the network's parameters and the context as constants."""
-        detached = self.bound()
-        detached._held = {name: tensor.detach() for name, tensor in self._parameters().items()}
-        if self.context is not None and not keep_context:
-            detached.context = self.context.detach()
+        detached = self.replaced([tensor.detach() for tensor in self.tensors()])
+        if keep_context:
+            detached.context = self.context
         return detached
 
     def tensors(self) -> list[Tensor]:
         """What the function depends on beside its argument: the parameters and the context."""
         return [*self._parameters().values(), *([] if self.context is None else [self.context])]
+
+    def replaced(self, tensors: Sequence[Tensor]) -> Conditioner:
+        """The same function of other tensors than `tensors`, in their order."""
+        names = list(self._parameters())
+        context = None if self.context is None else tensors[len(names)]
+        other = Conditioner(self.network, self.count, context, self.reducible)
+        other._held = dict(zip(names, tensors, strict=False))
+        return other
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.network.named_parameters()) if self._held is None else self._held
@@ -74,7 +92,14 @@ class Conditioner:
         return functional_call(_Method(self.network, method), held, (x, self.context))
 
     def __call__(self, x: Tensor) -> Tensor:
-        params = self._evaluate("__call__", x)
+        evaluations = reduced_evaluations() if self.reducible else None
+        if evaluations is None:
+            params = self._evaluate("__call__", x)
+        else:
+            with torch.autocast(x.device.type, torch.bfloat16):
+                params = self._evaluate("__call__", x)
+            params = params.to(x.dtype)
+            evaluations.append(params)
         return params.unflatten(-1, (self.count, -1)).movedim(-2, 0)
 
     def unroll(self, value: Tensor) -> tuple[torch.Size, Tensor, Unrolled]:

@@ -76,6 +76,8 @@ class _Analytic(torch.autograd.Function):
         # Gradients that are differentiated again, or batched.
         again = torch.is_grad_enabled()
         with torch.enable_grad():
+            # Views, as the parameters may be made of the points' own kin: the way back ends here.
+            x, params = x.view_as(x), params.view_as(params)
             values = ctx.mapping.composed(x, params)
         inputs = [t for t, wanted in ((x, of_x), (params, of_params)) if wanted]
         found = iter(torch.autograd.grad(values, inputs, grads, create_graph=again))

@@ -14,6 +14,7 @@ from pyroflows.errors import FitError
 from pyroflows.flows import Flow
 from pyroflows.guides import AutoFlow
 from pyroflows.numerics import has_values
+from pyroflows.numerics.precision import reduced_precision
 from pyroflows.training.annealing import Annealing
 
 Estimator = Literal["stl", "total", "iw", "renyi", "forward", "fab"]
@@ -41,6 +42,31 @@ class NegativeLogLikelihood(nn.Module):
         # A dequantized flow has a bound and no density.
         score = getattr(made, "log_prob_bound", made.log_prob)
         return -score(x).mean()
+
+
+class ReducedPrecision(nn.Module):
+    """A loss with the flow's conditioner networks in bfloat16, and all else as it is.
+
+    Parameters
+    ----------
+    loss
+        The loss.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *batch: Any) -> Tensor:
+        """What the loss takes, to a scalar."""
+        with reduced_precision() as evaluations:
+            loss: Tensor = self.loss(*batch)
+        if not evaluations or evaluations[0].dtype != torch.float32:
+            raise ValueError(
+                "precision: 'bf16' is for flows in float32 with conditioner networks that score "
+                "data in one pass, such as NSF and MAF"
+            )
+        return loss
 
 
 class NegativeELBO(nn.Module):

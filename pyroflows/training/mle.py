@@ -12,7 +12,7 @@ from pyroflows.training.compiled import Compile
 from pyroflows.training.devices import Device
 from pyroflows.training.losses import NegativeLogLikelihood
 from pyroflows.training.result import MLEFit
-from pyroflows.training.rows import fit_rows
+from pyroflows.training.rows import Precision, fit_rows
 
 
 def fit_mle(
@@ -31,6 +31,7 @@ def fit_mle(
     device: Device = None,
     dtype: torch.dtype | None = None,
     compile: Compile = False,
+    precision: Precision = None,
     progress: bool | None = None,
     seed: int | None = None,
 ) -> MLEFit:
@@ -79,6 +80,9 @@ def fit_mle(
         minute once and pays in long fits of small flows; ``"auto"`` for only where the steps to
         come are likely to repay it. Steps that cannot be compiled are taken as without it, with a
         message.
+    precision
+        ``"bf16"`` for conditioner networks in bfloat16 while training; maps, densities and the
+        checks on validation rows stay in float32.
     progress
         Whether to show a bar with the loss in nats; None for only in interactive use.
     seed
@@ -122,6 +126,7 @@ def fit_mle(
         device=device,
         dtype=dtype,
         compile=compile,
+        precision=precision,
         progress=progress,
         seed=seed,
         title=f"{type(flow).__name__} by maximum likelihood",

@@ -96,7 +96,7 @@ class Task:
             with ExitStack() as stack:
                 for frame in frames:
                     stack.enter_context(pyro.plate(frame.name, len(value), dim=frame.dim))
-                pyro.sample(self.observed, flow(context), obs=value)
+                pyro.sample(self.observed, flow(context.to(flow.dtype)), obs=value)
 
         return surrogate
 
@@ -193,7 +193,7 @@ def fit_nle(
     seed
         Seed of everything random; the global state is left alone.
     **options
-        Of the training, see `pyroflows.fit_mle`.
+        Of the training, see `pyroflows.fit_mle`: ``dtype``, ``device``, ``compile`` and so on.
 
     Raises
     ------
@@ -248,6 +248,7 @@ def fit_nle(
         fit.history,
         fit.stop_reason,
         fit.seconds,
+        compiled=fit.compiled,
         flow=density,
         simulations=simulations,
         task=task,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,9 +29,11 @@ from pyroflows.training.data import (
 from pyroflows.training.devices import Device, place_
 from pyroflows.training.files import FileRows, RowFile
 from pyroflows.training.loop import Loop
+from pyroflows.training.losses import ReducedPrecision
 from pyroflows.training.processes import broadcast_, seeded, total, world
 from pyroflows.training.result import History
 
+Precision = Literal["bf16"] | None
 #: Rows scored at once in a check.
 CHECK_ROWS = 8192
 
@@ -56,6 +58,7 @@ def fit_rows(
     title: str,
     unit: str = "nats",
     compile: Compile = False,
+    precision: Precision = None,
     check_loss: nn.Module | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[History, str, float, str]:
@@ -64,6 +67,7 @@ def fit_rows(
     The options are those of `pyroflows.fit_mle`; ``title`` and ``unit`` are for the bar, and
     ``check_loss`` is for held-out rows, where that is another than ``loss``.
     """
+    trained = _in_precision(loss, precision, compile)
     place_(flow, device, dtype)
     with seeded(seed, alone=checkpoint is not None):
         generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
@@ -71,7 +75,7 @@ def fit_rows(
         sharded = isinstance(train, FileRows) and isinstance(validation, Real)
         parameters: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
         loop = Loop(
-            loss=loss,
+            loss=trained,
             batches=batches,
             parameters=parameters,
             steps=steps,
@@ -84,7 +88,7 @@ def fit_rows(
             title=title,
             unit=unit,
             weigh=lambda x, context: len(x),
-            compiled=compiled_step(compile, loss, parameters, clip_norm, sure=True),
+            compiled=compiled_step(compile, trained, parameters, clip_norm, sure=True),
         )
         stored = _keep(loop, flow, checkpoint) if checkpoint is not None else None
         # After the checks of all arguments: what is refused stays as it is.
@@ -98,6 +102,17 @@ def fit_rows(
         reason, seconds = loop.run()
     compiled = "" if loop.compiled is None else loop.compiled.outcome
     return loop.history, reason, seconds, compiled
+
+
+def _in_precision(loss: nn.Module, precision: Precision, compile: Compile) -> nn.Module:
+    """The loss to train with."""
+    if precision is None:
+        return loss
+    if precision != "bf16":
+        raise ValueError(f"precision: expected 'bf16' or None, got {precision!r}")
+    if compile:
+        raise ValueError("precision: 'bf16' is not compiled; leave compile=False")
+    return ReducedPrecision(loss)
 
 
 def _keep(loop: Loop, flow: Flow, path: str | os.PathLike[str]) -> dict[str, Any] | None:
