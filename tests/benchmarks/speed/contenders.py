@@ -1,356 +1,37 @@
-"""One flow in the words of every package, and the conditioner networks alone."""
+"""Who is compared."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, Literal
 
-import pyro.distributions as dist
-import torch
-from pyro.distributions import transforms as pyro_transforms
-from pyro.nn import AutoRegressiveNN, DenseNN
-from torch import Tensor, nn
-
-import pyroflows as pf
-from pyroflows.flows.autoregressive import autoregressive_layers
-from pyroflows.flows.coupling import coupling_layers, scoring_layers
-from pyroflows.transforms import Affine, RationalQuadratic
-from tests.benchmarks.models import WithoutContext
-
-BINS, BOUND = 8, 5.0
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What every package builds: equal layers, equal networks with ReLU, no linear maps between.
-
-    ``density`` autoregressive flows score in one pass, ``guide`` ones draw in one.
-    """
-
-    kind: Literal["coupling", "density", "guide"]
-    spline: bool
-    features: int
-    layers: int
-    hidden: int
-
-    @property
-    def count(self) -> int:
-        return 3 * BINS - 1 if self.spline else 2
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        return self.hidden, self.hidden
-
-
-class Contender(nn.Module):
-    """A flow as the workloads use it."""
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        """Draws with gradients, and their scores."""
-        raise NotImplementedError
-
-    def sample(self, number: int) -> Tensor:
-        raise NotImplementedError
-
-    def distribution(self) -> Any:
-        """The flow as a Pyro distribution."""
-        raise NotImplementedError
-
-    def forget(self) -> None:
-        """Drop what the transforms remember of the last call."""
-
-
-class Ours(Contender):
-    def __init__(self, flow: pf.Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow().log_prob(x)
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.flow().rsample_and_log_prob((number,))
-
-    def sample(self, number: int) -> Tensor:
-        return self.flow().sample((number,))
-
-    def distribution(self) -> Any:
-        return self.flow()
-
-
-def ours(a: Architecture) -> Contender:
-    univariate = RationalQuadratic(BINS, BOUND) if a.spline else Affine()
-    sizes = (a.features, 0, a.layers, univariate, a.widths, nn.ReLU)
-    if a.kind == "coupling":
-        layers = (
-            scoring_layers(*sizes, autoregressive=False) if a.spline else coupling_layers(*sizes)
-        )
-        return Ours(pf.Flow(layers, a.features))
-    one_pass = "forward" if a.kind == "guide" else "inverse"
-    return Ours(pf.Flow(autoregressive_layers(*sizes, one_pass), a.features))
-
-
-def recipe(a: Architecture) -> Contender:
-    """The recipe with its own activation, and its linear maps between the layers."""
-    sizes: Any = {"transforms": a.layers, "hidden_features": a.widths}
-    if a.spline:
-        sizes |= {"bins": BINS, "bound": BOUND, "autoregressive": a.kind != "coupling"}
-        return Ours(pf.NSF(a.features, **sizes))
-    names = {"coupling": "RealNVP", "density": "MAF", "guide": "IAF"}
-    return Ours(pf.get_flow(names[a.kind])(a.features, **sizes))
-
-
-class Zuko(Ours):
-    def distribution(self) -> Any:
-        from pyro.contrib.zuko import ZukoToPyro
-
-        return ZukoToPyro(self.flow())
-
-
-def zuko(a: Architecture) -> Contender:
-    # Importing zuko switches torch's argument validation off for everyone.
-    before = torch.distributions.Distribution._validate_args
-    import zuko
-    from zuko.lazy import LazyInverse
-
-    torch.distributions.Distribution.set_default_validate_args(before)
-    options: Any = {"transforms": a.layers, "hidden_features": a.widths}
-    if a.spline:
-        univariate = zuko.transforms.MonotonicRQSTransform
-        options |= {"univariate": univariate, "shapes": [(BINS,), (BINS,), (BINS - 1,)]}
-    if a.kind == "coupling":
-        return Zuko(zuko.flows.NICE(a.features, **options))
-    flow = zuko.flows.MAF(a.features, **options)
-    if a.kind == "guide":
-        flow = zuko.flows.Flow([LazyInverse(t) for t in flow.transform.transforms], flow.base)
-    return Zuko(flow)
-
-
-class OfPyro(Contender):
-    """Pyro's transforms, whose caches must be cleared after every use."""
-
-    loc: Tensor
-
-    def __init__(self, parts: list[Any], forward: bool, features: int) -> None:
-        super().__init__()
-        self.parts = parts
-        self.modules_of_parts = nn.ModuleList(p for p in parts if isinstance(p, nn.Module))
-        # Its autoregressive transforms take one pass forward: a density turns them round.
-        self.chain = parts if forward else [part.inv for part in parts]
-        self.register_buffer("loc", torch.zeros(features))
-
-    def distribution(self) -> Any:
-        base = dist.Normal(self.loc, 1.0).to_event(1)
-        return dist.TransformedDistribution(base, self.chain)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        score = self.distribution().log_prob(x)
-        self.forget()
-        return score
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        made = self.distribution()
-        x = made.rsample((number,))
-        score = made.log_prob(x)
-        self.forget()
-        return x, score
-
-    def sample(self, number: int) -> Tensor:
-        with torch.no_grad():
-            x = self.distribution().sample((number,))
-        self.forget()
-        return x
-
-    def forget(self) -> None:
-        # What TransformedDistribution.clear_cache does, which does not reach inside an inverse.
-        for part in self.parts:
-            part._cached_x_y = None, None
-
-
-def pyro_alone(a: Architecture) -> Contender:
-    """Its spline couplings are linear rational: 6 bins have as many parameters as 8 quadratic."""
-    half = a.features // 2
-    parts: list[Any] = []
-    for i in range(a.layers):
-        if a.kind != "coupling":
-            outputs = [BINS, BINS, BINS - 1] if a.spline else [1, 1]
-            network = AutoRegressiveNN(a.features, list(a.widths), param_dims=outputs)
-            parts.append(
-                pyro_transforms.SplineAutoregressive(a.features, network, BINS, BOUND, "quadratic")
-                if a.spline
-                else pyro_transforms.AffineAutoregressive(network)
-            )
-        elif a.spline:
-            outputs = [half * n for n in (6, 6, 5, 6)]
-            network = DenseNN(a.features - half, list(a.widths), outputs)
-            parts.append(
-                pyro_transforms.SplineCoupling(
-                    a.features, a.features - half, network, 6, BOUND, identity=True
-                )
-            )
-        else:
-            network = DenseNN(a.features - half, list(a.widths), [half, half])
-            parts.append(pyro_transforms.AffineCoupling(a.features - half, network))
-        if i + 1 < a.layers:
-            parts.append(pyro_transforms.Permute(torch.arange(a.features).flip(0)))
-    return OfPyro(parts, a.kind != "density", a.features)
-
-
-class NFlows(Contender):
-    def __init__(self, flow: Any) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.flow.sample_and_log_prob(number)
-
-    def sample(self, number: int) -> Tensor:
-        with torch.no_grad():
-            return self.flow.sample(number)
-
-
-def nflows(a: Architecture) -> Contender:
-    from nflows import distributions, flows, transforms, utils
-    from nflows.nn.nets import MLP
-
-    def network(inputs: int, outputs: int) -> nn.Module:
-        return WithoutContext(MLP([inputs], [outputs], list(a.widths)))
-
-    spline: Any = {"num_bins": BINS, "tails": "linear", "tail_bound": BOUND}
-    masked: Any = {"hidden_features": a.hidden, "num_blocks": 1, "use_residual_blocks": False}
-    layers: list[Any] = []
-    for i in range(a.layers):
-        if a.kind == "coupling":
-            mask = utils.create_alternating_binary_mask(a.features, even=i % 2 == 0)
-            layers.append(
-                transforms.PiecewiseRationalQuadraticCouplingTransform(mask, network, **spline)
-                if a.spline
-                else transforms.AffineCouplingTransform(mask, network)
-            )
-            continue
-        layer: Any = (
-            transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(
-                a.features, **masked, **spline
-            )
-            if a.spline
-            else transforms.MaskedAffineAutoregressiveTransform(a.features, **masked)
-        )
-        layers.append(transforms.InverseTransform(layer) if a.kind == "guide" else layer)
-        layers.append(transforms.ReversePermutation(a.features))
-    base = distributions.StandardNormal([a.features])
-    return NFlows(flows.Flow(transforms.CompositeTransform(layers), base))
-
-
-class NormFlows(Contender):
-    def __init__(self, flow: Any) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.flow.sample(number)
-
-    def sample(self, number: int) -> Tensor:
-        with torch.no_grad():
-            return self.flow.sample(number)[0]
-
-
-def normflows(a: Architecture) -> Contender:
-    import normflows as nf
-
-    def network(inputs: int, outputs: int) -> nn.Module:
-        return WithoutContext(nf.nets.MLP([inputs, *a.widths, outputs]))
-
-    layers: list[Any] = []
-    for i in range(a.layers):
-        if a.kind == "coupling" and a.spline:
-            layer = nf.flows.CoupledRationalQuadraticSpline(
-                a.features, 1, 1, num_bins=BINS, tail_bound=BOUND, reverse_mask=bool(i % 2)
-            )
-            # The wrapper's network is residual, and it has splines of the other half too.
-            layer.prqct = nf.flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling(
-                nf.utils.masks.create_alternating_binary_mask(a.features, even=i % 2 == 0),
-                network,
-                BINS,
-                "linear",
-                BOUND,
-            )
-        elif a.kind == "coupling":
-            half = a.features // 2
-            layer = nf.flows.AffineCouplingBlock(nf.nets.MLP([half, *a.widths, 2 * half]))
-        elif a.spline:
-            layer = nf.flows.AutoregressiveRationalQuadraticSpline(
-                a.features, 1, a.hidden, num_bins=BINS, tail_bound=BOUND
-            )
-            module = nf.flows.neural_spline.autoregressive
-            layer.mprqat = module.MaskedPiecewiseRationalQuadraticAutoregressive(
-                a.features,
-                a.hidden,
-                num_bins=BINS,
-                tails="linear",
-                tail_bound=BOUND,
-                num_blocks=1,
-                use_residual_blocks=False,
-            )
-        else:
-            layer = nf.flows.MaskedAffineAutoregressive(
-                a.features, a.hidden, num_blocks=1, use_residual_blocks=False
-            )
-            if a.kind == "density":
-                layer = nf.flows.Reverse(layer)
-        layers.append(layer)
-        if a.kind != "coupling" or not a.spline:
-            layers.append(nf.flows.Permute(a.features, mode="swap"))
-    base = nf.distributions.DiagGaussian(a.features, trainable=False)
-    return NormFlows(nf.NormalizingFlow(base, layers))
-
-
-class Floor(Contender):
-    """The conditioner networks alone, unmasked: what any flow of this architecture must pay."""
-
-    def __init__(self, a: Architecture) -> None:
-        super().__init__()
-        self.features = a.features
-        self.given = a.features // 2 if a.kind == "coupling" else a.features
-        mapped = a.features - self.given if a.kind == "coupling" else a.features
-        sizes = [self.given, *a.widths, a.count * mapped]
-        self.networks = nn.ModuleList(_network(sizes) for _ in range(a.layers))
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        outputs = [network(x[..., : self.given]).sum(-1) for network in self.networks]
-        return torch.stack(outputs).sum(0)
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        x = torch.randn(number, self.features)
-        return x, self.log_prob(x)
-
-    @torch.no_grad()
-    def sample(self, number: int) -> Tensor:
-        return self.draw(number)[1]
-
-
-def _network(sizes: list[int]) -> nn.Sequential:
-    parts = [(nn.ReLU(), nn.Linear(before, after)) for before, after in pairwise(sizes)]
-    return nn.Sequential(*[part for pair in parts for part in pair][1:])
-
-
-#: Ours, the one that all are compared with, the others; what is not installed is left out.
+from tests.benchmarks.speed.architecture import Architecture, Contender
+from tests.benchmarks.speed.ours import Floor, compiled, ours, recipe
+from tests.benchmarks.speed.peers import nflows, normflows, pyro_alone, torchflows, zuko
+from tests.benchmarks.speed.worker import FLOWJAX
+
+#: All others are compared with this one.
+REFERENCE = "zuko"
+#: Those that are built in this process.
 CONTENDERS: dict[str, Callable[[Architecture], Contender]] = {
     "pyroflows": ours,
+    "pyroflows compiled": compiled,
     "pyroflows recipe": recipe,
     "zuko": zuko,
     "Pyro": pyro_alone,
     "nflows": nflows,
     "normflows": normflows,
+    "torchflows": torchflows,
     "floor": Floor,
 }
+#: In the order of the table's columns; flowjax has a process of its own.
+NAMES = [*list(CONTENDERS)[:-1], "flowjax (jit)", "floor"]
+#: Whose flows are distributions of Pyro.
+OF_PYRO = ("pyroflows", "pyroflows compiled", "pyroflows recipe", "zuko", "Pyro", "flowjax (jit)")
+
+
+def is_installed(name: str) -> bool:
+    if name == "flowjax (jit)":
+        return FLOWJAX.exists()
+    is_package = name in ("zuko", "nflows", "normflows", "torchflows")
+    return not is_package or importlib.util.find_spec(name) is not None

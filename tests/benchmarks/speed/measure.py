@@ -1,14 +1,19 @@
-"""Interleaved CPU times: A B C A B C ..., so that a busy machine slows all of them alike."""
+"""Interleaved times: A B C A B C ..., so that a busy machine slows all of them alike."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from tests.benchmarks.speed.workloads import Run
+import torch
 
+from tests.benchmarks.speed.architecture import Run
+
+#: Call so often; seconds of CPU and wall time a call.
+Clock = Callable[[int], tuple[float, float]]
 #: One timing takes about so long; a shorter one is below the clock's noise.
 SLICE = 0.03
 
@@ -17,22 +22,39 @@ SLICE = 0.03
 class Timing:
     """Milliseconds a call: quartiles of CPU time, median of wall time, and the ratio to others'.
 
-    ``ratio`` holds the quartiles of the round-by-round ratios of CPU time to the reference's.
+    ``ratio`` holds the quartiles of the round-by-round ratios of CPU time to the reference's. On a
+    GPU, wall time stands where CPU time would. ``compiling`` is what compiling took before, in
+    seconds.
     """
 
     cpu: tuple[float, float, float]
     wall: float
-    ratio: tuple[float, float, float] | None
+    ratio: tuple[float, float, float]
+    compiling: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
-def clock(run: Run, repeats: int) -> tuple[float, float]:
-    cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
+def clock_of(run: Run, device: str = "cpu") -> Clock:
+    """Times calls in this process; on a GPU until it is done."""
+
+    def on_cpu(repeats: int) -> tuple[float, float]:
+        cpu, wall = time.process_time(), time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.process_time() - cpu) / repeats, (time.perf_counter() - wall) / repeats
+
+    def on_gpu(repeats: int) -> tuple[float, float]:
+        torch.cuda.synchronize()
+        wall = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        torch.cuda.synchronize()
+        taken = (time.perf_counter() - wall) / repeats
+        return taken, taken
+
+    return on_gpu if device == "cuda" else on_cpu
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -41,26 +63,27 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def interleaved(
-    runs: dict[str, Run], reference: str, budget: float, rounds: int = 41
+    clocks: dict[str, Clock], reference: str, budget: float, rounds: int = 41
 ) -> dict[str, Timing]:
     """Time all in turn, in a new order every round, until the rounds or the seconds are up."""
     repeats = {}
-    for name, run in runs.items():
-        run()
-        repeats[name] = max(1, round(SLICE / max(clock(run, 2)[0], 1e-6)))
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
-    order, start = list(runs), time.process_time()
+    for name, clock in clocks.items():
+        clock(1)
+        repeats[name] = max(1, round(SLICE / max(clock(2)[0], 1e-6)))
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in clocks}
+    order, spent = list(clocks), 0.0
     while len(taken[reference]) < rounds:
-        if len(taken[reference]) >= 5 and time.process_time() - start > budget:
+        if len(taken[reference]) >= 5 and spent > budget:
             break
         random.shuffle(order)
         for name in order:
-            taken[name].append(clock(runs[name], repeats[name]))
+            cpu, wall = clocks[name](repeats[name])
+            taken[name].append((cpu, wall))
+            spent += cpu * repeats[name]
+    of_reference = [cpu for cpu, _ in taken[reference]]
     result = {}
     for name, times in taken.items():
-        cpu = [1e3 * t for t, _ in times]
-        of_reference = [1e3 * t for t, _ in taken[reference]]
-        ratios = [mine / other for mine, other in zip(cpu, of_reference, strict=True)]
+        ratios = [mine / other for (mine, _), other in zip(times, of_reference, strict=True)]
         wall = 1e3 * statistics.median(w for _, w in times)
-        result[name] = Timing(quartiles(cpu), wall, quartiles(ratios))
+        result[name] = Timing(quartiles([1e3 * cpu for cpu, _ in times]), wall, quartiles(ratios))
     return result
