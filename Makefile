@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers bench benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer bench-vae lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers bench bench-flowjax bench-scaling benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer bench-vae lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -23,6 +23,15 @@ test-peers: $(READY)
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -W ignore -m tests.benchmarks.speed --page
+
+bench-scaling: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers,demo]'
+	$(BIN)/python -W ignore -m tests.benchmarks.speed.scaling
+
+# flowjax in an environment of its own, for bench to run beside.
+bench-flowjax:
+	$(PYTHON) -m venv build/flowjax
+	build/flowjax/bin/pip install --quiet flowjax
 
 benchmark-density: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'

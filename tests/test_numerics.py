@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyroflows.numerics import (
     autoregressive_mask,
@@ -16,6 +19,7 @@ from pyroflows.numerics import (
     forked_rng,
     hidden_degrees,
     log_abs_det,
+    products,
     rational_quadratic_spline,
     soft_clamp,
     sum_rightmost,
@@ -228,3 +232,68 @@ def test_forked_rng_leaves_no_trace() -> None:
     assert torch.equal(torch.rand(2), expected)
     with forked_rng(0):
         assert torch.equal(torch.rand(2), first)
+
+
+# --- products ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by oneDNN, whether or not it is the faster one here."""
+    products.onednn_is_faster()
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("torch has no oneDNN here")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("outputs", [96, 160])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_are_those_of_torch(outputs: int, bias: bool) -> None:
+    x = torch.randn(3, 100, 128, requires_grad=True)
+    weight = torch.randn(outputs, 128, requires_grad=True)
+    inputs = [x, weight, *([torch.randn(outputs, requires_grad=True)] if bias else [])]
+    ours, theirs = products.linear(*inputs), functional.linear(*inputs)
+    assert "_Linear" in str(ours.grad_fn.next_functions)
+    # Sums of 128 and of 300 products, in another order.
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    gradients = [
+        torch.autograd.grad(out, inputs, torch.cos(theirs), retain_graph=True)
+        for out in (ours, theirs)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-4)
+
+    def curvature(out: Tensor) -> Tensor:
+        (slope,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), weight)[0]
+
+    torch.testing.assert_close(curvature(ours), curvature(theirs), atol=0.1, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+@pytest.mark.usefixtures("onednn")
+def test_products_under_transforms_are_left_to_torch() -> None:
+    x, weight = torch.randn(2, 300, 128), torch.randn(128, 128)
+    expected = x @ weight.mT
+    batched = torch.func.vmap(products.linear, (0, None))(x, weight)
+    _, tangent = torch.func.jvp(lambda x: products.linear(x, weight), (x,), (x,))
+    torch.testing.assert_close(batched, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tangent, expected, atol=1e-4, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.linear(x, weight).dtype == torch.bfloat16
+    assert products.linear(x.double(), weight.double()).dtype == torch.float64
+    assert products.linear(x.to("meta"), weight.to("meta")).is_meta
+
+
+@pytest.mark.usefixtures("onednn")
+def test_products_are_counted() -> None:
+    with FlopCounterMode(display=False) as counter:
+        products.linear(torch.zeros(300, 128), torch.zeros(64, 128))
+    assert counter.get_total_flops() == 2 * 300 * 128 * 64
+
+
+def test_the_faster_library_is_measured_once() -> None:
+    assert products.onednn_is_faster() in (True, False)
+    before = products.onednn_is_faster.cache_info().misses
+    products.onednn_is_faster()
+    assert products.onednn_is_faster.cache_info().misses == before

@@ -8,11 +8,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, linear_by_output, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
 from pyroflows.numerics.concrete import has_values
+from pyroflows.numerics.products import linear
 
 Unrolled = Generator[Tensor, Tensor, None]
 
@@ -38,7 +38,7 @@ class MaskedLinear(nn.Linear):
         return self.weight * self.mask
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.masked_weight(), self.bias)
+        return linear(x, self.masked_weight(), self.bias)
 
 
 class MaskedResidualMLP(ZeroStart):

@@ -9,6 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from pyroflows.numerics.products import linear
+
 Activation = Callable[[], nn.Module]
 
 
@@ -28,6 +30,13 @@ def widths(hidden_features: Sequence[int]) -> tuple[int, ...]:
     return hidden
 
 
+class Linear(nn.Linear):
+    """Linear layer by `pyroflows.numerics.products.linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
 def linear_by_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """A linear map whose result lies in memory output by output, not row by row.
 
@@ -37,7 +46,7 @@ def linear_by_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     # Pyro's tensors with a provenance have a plain tuple for a shape.
     batch = torch.Size(x.shape[:-1])
     rows = x.reshape(batch.numel(), x.shape[-1])
-    out = torch.addmm(bias.unsqueeze(-1), weight, rows.mT).mT
+    out = (linear(weight, rows) + bias.unsqueeze(-1)).mT
     return out.unflatten(0, batch) if batch else out.squeeze(0)
 
 
@@ -127,11 +136,11 @@ class ResidualMLP(ZeroStart):
         sizes = [*hidden, out_features]
         # A linear map with no inputs is its bias; the context enters by a map of its own, so that
         # one context serves many points without being repeated.
-        self.input = nn.Linear(features, sizes[0]) if features else None
+        self.input = Linear(features, sizes[0]) if features else None
         self.context = nn.Linear(context, sizes[0], bias=not features) if context else None
         if not features and not context:
             self.constant = nn.Parameter(torch.zeros(sizes[0]))
-        self.layers = nn.ModuleList(nn.Linear(before, after) for before, after in pairwise(sizes))
+        self.layers = nn.ModuleList(Linear(before, after) for before, after in pairwise(sizes))
         self._zero_output()
 
     def _first(self) -> list[nn.Module | None]:

@@ -1,0 +1,147 @@
+"""Products of matrices, by the faster of the libraries that torch brings."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import register_flop_formula
+
+from pyroflows.numerics.concrete import is_plain
+
+#: Multiplications and results from which on oneDNN repays its start of ten microseconds.
+MULTIPLICATIONS, RESULTS = 2**21, 2**12
+#: It is preferred where it takes less than this share of the other's time.
+ADVANTAGE = 0.8
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""The affine map :math:`x W^\top + b`, as `torch.nn.functional.linear`.
+
+    On a CPU torch leaves products in float32 to its BLAS, which is MKL in the wheels for x86. On
+    processors of other makers MKL keeps to narrow vector instructions, where oneDNN, which torch
+    brings too, uses all there are and is twice as fast. Which one is faster is measured once in a
+    process. Small products, other dtypes and devices, and whatever looks at the operations beside
+    autograd are left to torch.
+
+    Parameters
+    ----------
+    x
+        Points, ``(*batch, inputs)``.
+    weight
+        Shape ``(outputs, inputs)``.
+    bias
+        Shape ``(outputs,)``.
+
+    Returns
+    -------
+    Tensor
+        Shape ``(*batch, outputs)``.
+
+    Examples
+    --------
+    >>> linear(torch.ones(3, 2), torch.ones(4, 2)).shape
+    torch.Size([3, 4])
+    """
+    # Pyro's tensors with a provenance have a plain tuple for a shape.
+    batch = torch.Size(x.shape[:-1])
+    if not (_is_plain(x, weight) and _pays(batch.numel(), weight) and onednn_is_faster()):
+        return functional.linear(x, weight, bias)
+    out = cast("Tensor", _Linear.apply(x.reshape(batch.numel(), -1), weight, bias))
+    return out.unflatten(0, batch)
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether oneDNN can take them, and nobody would notice."""
+    return (
+        all(t.dtype == torch.float32 and t.device.type == "cpu" and is_plain(t) for t in tensors)
+        and forward_ad._current_level < 0
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _pays(rows: int, columns: Tensor) -> bool:
+    count, inner = columns.shape
+    return rows * count >= RESULTS and rows * count * inner >= MULTIPLICATIONS
+
+
+def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if a.dtype != torch.float32:  # a recorded step that is evaluated in double precision
+        return functional.linear(a, b, bias)
+    return cast("Tensor", torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], ""))
+
+
+# An operator of our own, since torch's compiler takes that of oneDNN for fixed weights alone.
+_LIBRARY = torch.library.Library("pyroflows", "DEF")
+_LIBRARY.define("linear(Tensor a, Tensor b, Tensor? bias=None) -> Tensor")
+_LIBRARY.impl("linear", _by_onednn, "CPU")
+_LIBRARY.impl("linear", lambda a, b, bias=None: a.new_empty(len(a), len(b)), "Meta")
+_onednn = torch.ops.pyroflows.linear.default
+
+
+@register_flop_formula(torch.ops.pyroflows.linear)
+def _operations(a: Sequence[int], b: Sequence[int], *rest: Any, **options: Any) -> int:
+    return 2 * a[0] * a[1] * b[0]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T``."""
+    return cast("Tensor", _onednn(a, b)) if _pays(len(a), b) else a @ b.mT
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's product, which has no gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return cast("Tensor", _onednn(x, weight, bias))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        # Gradients that are differentiated again, or batched, are torch's.
+        plain = not torch.is_grad_enabled() and is_plain(grad)
+        product = _product if plain else lambda a, b: a @ b.mT
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        gradient = None
+        if of_weight:
+            # Of a long sum for a small matrix, the library likes the longer side second.
+            swapped = len(x) > grad.shape[1] > x.shape[1]
+            gradient = product(x.mT, grad.mT).mT if swapped else product(grad.mT, x.mT)
+        return (
+            product(grad, weight.mT) if of_x else None,
+            gradient,
+            grad.sum(0) if of_bias else None,
+        )
+
+
+@lru_cache(maxsize=1)
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies faster here than the library that torch would take."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    # What records operations is not to see these.
+    with _disable_current_modes(), torch.no_grad():
+        x, weight = torch.ones(512, 128), torch.ones(128, 128)
+        usual = _shortest(lambda: functional.linear(x, weight))
+        return _shortest(lambda: _onednn(x, weight)) < ADVANTAGE * usual
+
+
+def _shortest(call: Callable[[], object], tries: int = 7) -> float:
+    """Seconds of the fastest of a few calls; the first ones also prepare."""
+    taken = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
