@@ -95,18 +95,27 @@ def spread(results: dict[str, dict[str, Timing]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(results: dict[str, dict[str, Timing]], where: dict[str, Any]) -> None:
+def line_of_machine(where: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
-    intro = (
+    return (
         f"Measured on {where['date']}: {where['cpu']}, {where['cores']} cores, "
         f"{where['threads']} thread, Python {where['python']}, {versions}."
     )
-    text = NOTES.read_text()
-    for mark, content in {
-        "MACHINE": intro,
+
+
+def fill(notes: Path, page: Path, marks: dict[str, str]) -> None:
+    """Write a page from its text, figures in the place of its marks."""
+    text = notes.read_text()
+    for mark, content in marks.items():
+        text = text.replace(f"<!-- {mark} -->", content)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
+
+
+def write_page(results: dict[str, dict[str, Timing]], where: dict[str, Any]) -> None:
+    marks = {
+        "MACHINE": line_of_machine(where),
         "TABLE": table(results),
         "SPREAD": spread(results),
-    }.items():
-        text = text.replace(f"<!-- {mark} -->", content)
-    PAGE.parent.mkdir(parents=True, exist_ok=True)
-    PAGE.write_text(text)
+    }
+    fill(NOTES, PAGE, marks)
