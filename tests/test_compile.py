@@ -88,3 +88,25 @@ def test_compiled_draws_have_the_eager_scores() -> None:
     torch.compiler.reset()
     x, score = torch.compile(lambda: flow().rsample_and_log_prob((16,)), fullgraph=True)()
     check_close("score", score, flow().log_prob(x), 1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"autoregressive": True}])
+def test_compiled_scores_without_gradients(options: dict[str, Any]) -> None:
+    """Where nobody asks for gradients the compiler sees other operations, and larger products."""
+    flow = small("NSF", 3, **options | {"hidden_features": (128, 128)})
+    redraw_(flow, 0.3)
+    x = torch.randn(1024, 3) * 3
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: flow().log_prob(x), fullgraph=True)
+    with torch.no_grad():
+        check_close("score", compiled(x).double(), flow.double()().log_prob(x.double()), 1e-3)
+
+
+def test_compiled_scores_under_vmap() -> None:
+    flow = small("NSF", 3, hidden_features=(128, 128))
+    redraw_(flow, 0.3)
+    x = torch.randn(2, 1024, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(torch.func.vmap(lambda x: flow().log_prob(x)), fullgraph=True)
+    with torch.no_grad():
+        check_close("score", compiled(x), flow().log_prob(x), 1e-3)

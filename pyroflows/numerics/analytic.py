@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyroflows.numerics.concrete import is_plain
+from pyroflows.numerics.concrete import is_plain, without_gradients
 
 
 class ElementwiseMap(Protocol):
@@ -48,6 +48,8 @@ def apply(mapping: ElementwiseMap, x: Tensor, params: Tensor) -> tuple[Tensor, T
         # The function of torch is slow.
         x = x.expand(torch.broadcast_shapes(x.shape, shape))
     plain = is_plain(params) and forward_ad._current_level < 0
+    # The compiler differentiates what is composed, and fuses what is evaluated.
+    plain = plain or (torch.compiler.is_compiling() and without_gradients(x, params))
     if x.shape != shape or x.dtype != params.dtype or not plain:
         return mapping.composed(x, params)
     if torch.is_grad_enabled() and (x.requires_grad or params.requires_grad):

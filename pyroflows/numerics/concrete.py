@@ -38,9 +38,17 @@ def is_plain(value: Tensor) -> bool:
     )
 
 
+def without_gradients(*values: Tensor) -> bool:
+    """Whether nobody will ask for derivatives, or batches, of what is computed of tensors."""
+    needed = torch.is_grad_enabled() and any(value.requires_grad for value in values)
+    # While compiling, "is None" is never true.
+    interpreter = torch._C._functorch.peek_interpreter_stack()
+    return not needed and isinstance(interpreter, type(None))
+
+
 def is_recording() -> bool:
     """Whether operations, those of backward passes too, are being recorded for a compiler."""
-    return _RECORDING.get()
+    return torch.compiler.is_compiling() or _RECORDING.get()
 
 
 @contextmanager

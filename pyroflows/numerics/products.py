@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
-from pyroflows.numerics.concrete import is_plain
+from pyroflows.numerics.concrete import is_plain, without_gradients
 
 #: Multiplications and results from which on oneDNN repays its start of ten microseconds.
 MULTIPLICATIONS, RESULTS = 2**21, 2**12
@@ -52,19 +52,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # Pyro's tensors with a provenance have a plain tuple for a shape.
     batch = torch.Size(x.shape[:-1])
-    if not (_is_plain(x, weight) and _pays(batch.numel(), weight) and onednn_is_faster()):
+    if not (_is_for_onednn(x, weight) and _pays(batch.numel(), weight)):
         return functional.linear(x, weight, bias)
-    out = cast("Tensor", _Linear.apply(x.reshape(batch.numel(), -1), weight, bias))
-    return out.unflatten(0, batch)
+    rows = x.reshape(batch.numel(), -1)
+    if torch.compiler.is_compiling():  # where the operator is what knows the faster library
+        out = _onednn(rows, weight, bias)
+    elif onednn_is_faster():
+        out = _Linear.apply(rows, weight, bias)
+    else:
+        return functional.linear(x, weight, bias)
+    return cast("Tensor", out).unflatten(0, batch)
 
 
-def _is_plain(*tensors: Tensor) -> bool:
+def _is_for_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can take them, and nobody would notice."""
-    return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" and is_plain(t) for t in tensors)
-        and forward_ad._current_level < 0
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if any(t.dtype != torch.float32 or t.device.type != "cpu" for t in (x, weight)):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.compiler.is_compiling():
+        return without_gradients(x, weight)
+    return is_plain(x) and is_plain(weight) and forward_ad._current_level < 0
 
 
 def _pays(rows: int, columns: Tensor) -> bool:
@@ -73,8 +81,13 @@ def _pays(rows: int, columns: Tensor) -> bool:
 
 
 def _by_onednn(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    if a.dtype != torch.float32:  # a recorded step that is evaluated in double precision
+    # A recorded step may be evaluated in double precision, a compiled one on another machine.
+    if a.dtype != torch.float32 or not onednn_is_faster():
         return functional.linear(a, b, bias)
+    return _multiply(a, b, bias)
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return cast("Tensor", torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], ""))
 
 
@@ -134,7 +147,7 @@ def onednn_is_faster() -> bool:
     with _disable_current_modes(), torch.no_grad():
         x, weight = torch.ones(512, 128), torch.ones(128, 128)
         usual = _shortest(lambda: functional.linear(x, weight))
-        return _shortest(lambda: _onednn(x, weight)) < ADVANTAGE * usual
+        return _shortest(lambda: _multiply(x, weight)) < ADVANTAGE * usual
 
 
 def _shortest(call: Callable[[], object], tries: int = 7) -> float:
