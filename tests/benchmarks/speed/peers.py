@@ -238,11 +238,14 @@ def normflows(a: Architecture) -> Contender:
 
 
 class TorchFlows(Contender):
-    """Scored by its bijection: the scores that its ``sample`` returns have a wrong sign."""
+    """Scored by its bijection: the log-determinants that its ``sample`` adds have a wrong sign.
 
-    def __init__(self, flow: Any) -> None:
+    Those of an inverse found feature by feature are taken at points that are half inverted.
+    """
+
+    def __init__(self, flow: Any, in_turn: bool) -> None:
         super().__init__()
-        self.flow = flow
+        self.flow, self.in_turn = flow, in_turn
 
     def log_prob(self, x: Tensor) -> Tensor:
         return self.flow.log_prob(x)
@@ -250,6 +253,8 @@ class TorchFlows(Contender):
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         z = self.flow.base_sample((number,))
         x, log_det = self.flow.bijection.inverse(z)
+        if self.in_turn:
+            log_det = -self.flow.bijection.forward(x)[1]
         return x, self.flow.base_log_prob(z) - log_det
 
     def sample(self, number: int) -> Tensor:
@@ -281,4 +286,4 @@ def torchflows(a: Architecture) -> Contender:
             if isinstance(part, nn.Tanh):
                 network[i] = nn.ReLU()
         parts += [ReversePermutationMatrix(shape), made]
-    return TorchFlows(Flow(BijectiveComposition(parts)))
+    return TorchFlows(Flow(BijectiveComposition(parts)), in_turn=a.kind == "density")
