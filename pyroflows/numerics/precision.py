@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 _EVALUATIONS: ContextVar[list[Tensor] | None] = ContextVar("evaluations", default=None)
@@ -38,4 +39,5 @@ def full_precision() -> Iterator[None]:
 
 def reduced_evaluations() -> list[Tensor] | None:
     """What collects the evaluations in bfloat16; None where there are to be none."""
-    return _EVALUATIONS.get()
+    # Dynamo cannot read context variables, and nothing that it compiles is reduced.
+    return None if torch.compiler.is_compiling() else _EVALUATIONS.get()
