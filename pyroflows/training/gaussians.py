@@ -135,7 +135,9 @@ def find_gaussians(density: Density, points: Tensor, draws: int = DRAWS) -> Gaus
     path = list(ascend(density, points, ASCENT))
     # Early points lie close in time and far in space.
     chosen = torch.logspace(0, math.log10(len(path)), POINTS).round().int().unique() - 1
-    nearby = [_around(density, path[i], draws) for i in chosen.tolist()]
+    # A Gaussian of few latents takes few scores.
+    few = min(draws // 2, max(draws // 4, 2 * points.shape[-1]))
+    nearby = [_around(density, path[i], few) for i in chosen.tolist()]
     best = nearby[0]
     for gaussians in nearby[1:]:
         best = _where(gaussians.elbo > best.elbo, gaussians, best)
@@ -147,10 +149,10 @@ def find_gaussians(density: Density, points: Tensor, draws: int = DRAWS) -> Gaus
 def _around(density: Density, points: Tensor, draws: int) -> Gaussians:
     """Gaussians that match the scores near points."""
     first = Gaussians.around(points)
-    z, _ = first.draw(draws // 2)
+    z, _ = first.draw(draws)
     log_p, scores = density(z)
     found = first.matched(z, scores, log_p.isfinite(), 1e6)
-    return _looked_at(density, found, draws // 2)
+    return _looked_at(density, found, draws)
 
 
 def _distinct(gaussians: Gaussians, most: int) -> list[int]:
