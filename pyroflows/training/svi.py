@@ -266,7 +266,8 @@ class _SVI:
             lr=self.lr,
             clip_norm=self.clip_norm,
             check=self._look if self.adaptive else None,
-            check_every=LOOK_EVERY if self.adaptive else max(1, self.steps // 20),
+            # Each loss is that of the state before its step: a single one says little of the state.
+            check_every=LOOK_EVERY if self.adaptive else max(5, self.steps // 20),
             patience=None,
             enough=(lambda: self.found) if self.adaptive else None,
             progress=self.progress,
