@@ -240,7 +240,6 @@ def test_forked_rng_leaves_no_trace() -> None:
 @pytest.fixture
 def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Products by oneDNN, whether or not it is the faster one here."""
-    products.onednn_is_faster()
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         pytest.skip("torch has no oneDNN here")
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
@@ -292,8 +291,20 @@ def test_products_are_counted() -> None:
     assert counter.get_total_flops() == 2 * 300 * 128 * 64
 
 
-def test_the_faster_library_is_measured_once() -> None:
-    assert products.onednn_is_faster() in (True, False)
-    before = products.onednn_is_faster.cache_info().misses
-    products.onednn_is_faster()
-    assert products.onednn_is_faster.cache_info().misses == before
+@pytest.mark.parametrize(
+    ("capability", "processor", "faster"),
+    [
+        ("AVX512", "vendor_id: AuthenticAMD", True),
+        ("AVX512", "vendor_id: GenuineIntel", False),
+        ("AVX2", "vendor_id: AuthenticAMD", False),
+    ],
+)
+def test_the_machine_decides_between_the_libraries(
+    capability: str, processor: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in (torch.backends.mkl, torch.backends.mkldnn):
+        monkeypatch.setattr(library, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(products, "_processor", lambda: processor)
+    has_operator = hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    assert products.onednn_is_faster.__wrapped__() is (faster and has_operator)

@@ -121,6 +121,16 @@ def test_low_rank_match_of_a_saddle_is_finite() -> None:
         low_rank_match(z, g, 20)
 
 
+def test_low_rank_match_says_where_scores_overflow() -> None:
+    z = torch.randn(50, 20).double()
+    g = -z
+    g[3] *= 1e300
+    assert all(part.isnan().all() for part in low_rank_match(z, g, 5))
+    zero, one = torch.zeros(20).double(), torch.ones(20).double()
+    before = LowRankGaussian(zero, one, torch.eye(20, 5).double(), one[:5])
+    assert before.matched(z, g, 5) is before
+
+
 def groups_with_one_mean(y: Tensor) -> None:
     """Conjugate: every pair of latents is correlated by their common mean."""
     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))

@@ -211,7 +211,9 @@ class AutoAmortizedFlow(AutoGuide):
         reading = read_model(self.original_model, args, kwargs, feasible, self._plates())
         if not self._blocks:
             with forked_rng(0):
-                drawn = [self._draw_prior(reading, args, kwargs) for _ in range(PRIOR_DRAWS)]
+                tried = [self._draw_prior(args, kwargs) for _ in range(PRIOR_DRAWS)]
+            # Where nothing can be drawn, the start values are all that is known.
+            drawn = [draw for draw in tried if draw is not None] or [reading]
             start = read_model(self.original_model, args, kwargs, self._at(self._init_loc_fn))
             self._blocks, flows, encoders = self._recipe.build(reading, drawn, start)
             self._modules["flows"] = nn.ModuleDict(flows)
@@ -235,16 +237,15 @@ class AutoAmortizedFlow(AutoGuide):
 
         return init
 
-    def _draw_prior(self, reading: Reading, args: Any, kwargs: Any) -> Reading:
-        """A reading at a draw from the prior, or the given one where there is none.
+    def _draw_prior(self, args: Any, kwargs: Any) -> Reading | None:
+        """A reading at a draw from the prior; None where there is none.
 
-        Improper priors cannot be drawn from, and simulators fail at some draws; a model that always
-        fails has done so in the reading that is given.
+        Improper priors cannot be drawn from, and simulators fail at some draws, in whatever way.
         """
         try:
             return read_model(self.original_model, args, kwargs, None)
         except Exception:
-            return reading
+            return None
 
     def register(self, *args: Any, **kwargs: Any) -> None:
         """Enter the parameters in Pyro's param store, as any call of the guide does."""

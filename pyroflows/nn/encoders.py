@@ -25,10 +25,19 @@ def _one_batch(x: Tensor, event_dim: int = 2) -> Tensor:
     return x.reshape(x.shape[:-event_dim].numel(), *x.shape[-event_dim:])
 
 
-def _check_set(x: Tensor, features: int) -> None:
+def _check_elements(x: Tensor, features: int) -> None:
     check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, features))
+
+
+def _check_set(x: Tensor, features: int) -> None:
+    _check_elements(x, features)
     if not x.shape[-2]:
         raise ValueError(f"x: expected sets of at least one element, got {tuple(x.shape)}")
+
+
+def _with_count(pooled: Tensor, x: Tensor) -> Tensor:
+    """What was read of sets, and the logarithm of their number of elements."""
+    return torch.cat([pooled, torch.full_like(pooled[..., :1], x.shape[-2]).log()], -1)
 
 
 def _convolutions(
@@ -99,9 +108,10 @@ class DeepSet(RecordedModule):
         self.features = features
         self.standardize = standardize
         moments = 2 * features if standardize else features
-        pooled = hidden[-1] + 1 + (moments if standardize else 0)
         self.element = _perceptron([features, *hidden], activation)
-        self.whole = _perceptron([pooled, *hidden, out_features], activation)
+        # Elements as they are show their mean; once more, it would bend far out.
+        read = hidden[-1] + 1 + (moments if standardize else 0)
+        self.whole = _perceptron([read, *hidden, out_features], activation)
         self.moments = nn.Linear(moments, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,14 +124,12 @@ class DeepSet(RecordedModule):
         # A set of equal elements has a logarithm too: that of the least scale told from 0.
         scale = variance.clamp(min=torch.finfo(x.dtype).eps ** 2).sqrt()
         moments = torch.cat([loc, scale.log()], -1).squeeze(-2)
-        pooled = self._pooled((x - loc) / scale)
-        return self.whole(torch.cat([pooled, moments], -1)) + self.moments(moments)
+        read = torch.cat([self._pooled((x - loc) / scale), moments], -1)
+        return self.whole(read) + self.moments(moments)
 
     def _pooled(self, x: Tensor) -> Tensor:
         """The mean over the elements' networks, and the logarithm of their number."""
-        mean = self.element(x).mean(-2)
-        count = torch.full_like(mean[..., :1], x.shape[-2]).log()
-        return torch.cat([mean, count], -1)
+        return _with_count(self.element(x).mean(-2), x)
 
 
 class AttentionPooling(RecordedModule):
@@ -190,8 +198,7 @@ class AttentionPooling(RecordedModule):
         elements = self.element(_one_batch(x))
         queries = self.queries.expand(len(elements), *self.queries.shape)
         read, _ = self.attention(queries, elements, elements, need_weights=False)
-        count = torch.full_like(read[:, 0, :1], x.shape[-2]).log()
-        out = self.whole(torch.cat([read.flatten(1), count], -1))
+        out = self.whole(_with_count(read.flatten(1), x))
         return out.reshape(*x.shape[:-2], out.shape[-1])
 
 
@@ -229,7 +236,7 @@ class GRUEncoder(RecordedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sequences ``(*batch, time, features)`` to contexts ``(*batch, out_features)``."""
-        check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
+        _check_elements(x, self.features)
         _, state = self.gru(_one_batch(x))
         return self.out(state[-1]).reshape(*x.shape[:-2], self.out.out_features)
 
@@ -274,7 +281,7 @@ class ConvEncoder(RecordedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Sequences ``(*batch, time, features)`` to contexts ``(*batch, out_features)``."""
-        check_event("x", x, (x.shape[-2] if x.dim() > 1 else 1, self.features))
+        _check_elements(x, self.features)
         out = self.out(self.layers(_one_batch(x).transpose(-1, -2)).mean(-1))
         return out.reshape(*x.shape[:-2], self.out.out_features)
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import platform
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import register_flop_formula
 
 from pyroflows.numerics.concrete import is_plain, without_gradients
 
 #: Multiplications and results from which on oneDNN repays its start of ten microseconds.
 MULTIPLICATIONS, RESULTS = 2**21, 2**12
-#: It is preferred where it takes less than this share of the other's time.
-ADVANTAGE = 0.8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,9 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On a CPU torch leaves products in float32 to its BLAS, which is MKL in the wheels for x86. On
     processors of other makers MKL keeps to narrow vector instructions, where oneDNN, which torch
-    brings too, uses all there are and is twice as fast. Which one is faster is measured once in a
-    process. Small products, other dtypes and devices, and whatever looks at the operations beside
-    autograd are left to torch.
+    brings too, uses all there are and is twice as fast. Small products, other dtypes and devices,
+    and whatever looks at the operations beside autograd are left to torch.
 
     Parameters
     ----------
@@ -139,22 +136,20 @@ class _Linear(torch.autograd.Function):
 
 @lru_cache(maxsize=1)
 def onednn_is_faster() -> bool:
-    """Whether oneDNN multiplies faster here than the library that torch would take."""
-    has_onednn = torch.backends.mkldnn.is_available()
-    if not has_onednn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    # What records operations is not to see these.
-    with _disable_current_modes(), torch.no_grad():
-        x, weight = torch.ones(512, 128), torch.ones(128, 128)
-        usual = _shortest(lambda: functional.linear(x, weight))
-        return _shortest(lambda: _multiply(x, weight)) < ADVANTAGE * usual
+    """Whether oneDNN has wider vectors here than MKL, which keeps the widest to Intel's processors.
+
+    Of a machine, not of a trial, so that results do not differ between processes.
+    """
+    return (
+        torch.backends.mkl.is_available()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "GenuineIntel" not in _processor()
+    )
 
 
-def _shortest(call: Callable[[], object], tries: int = 7) -> float:
-    """Seconds of the fastest of a few calls; the first ones also prepare."""
-    taken = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _processor() -> str:
+    """What the system tells of the processor, its maker too."""
+    told = Path("/proc/cpuinfo")
+    return told.read_text() if told.exists() else platform.processor()

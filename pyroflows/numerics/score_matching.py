@@ -111,7 +111,7 @@ def low_rank_match(
     tuple of Tensor
         Location ``(D,)``, :math:`S` as ``(D,)``, :math:`U` with orthonormal columns ``(D, rank)``,
         and the diagonal of :math:`V` ``(rank,)``. Directions in which the precision found is not
-        positive have variance 1.
+        positive have variance 1. All are NaN where scores are so large that their squares overflow.
 
     References
     ----------
@@ -135,7 +135,11 @@ def low_rank_match(
     precision, factors = _diagonal(z, g), z[:, :0]
     for _ in range(ALTERNATIONS):
         rows = g + precision * z
-        factors = torch.linalg.eigh(rows @ rows.mT).eigenvectors[:, -rank:]
+        gram = rows @ rows.mT
+        if not gram.isfinite().all():
+            nan = torch.full_like(z[: rank + 1], math.nan)
+            return nan[0], nan[0], nan[1:].mT, nan[1:, 0]
+        factors = torch.linalg.eigh(gram).eigenvectors[:, -rank:]
         precision = _diagonal(z - factors @ (factors.mT @ z), g)
     rows = g + precision * z
     basis, _ = torch.linalg.qr(rows.mT @ factors)

@@ -40,15 +40,16 @@ class LowRankGaussian:
         """Draws ``(S, D)`` and their log densities ``(S,)``."""
         noise = torch.randn(draws, len(self.loc), dtype=self.loc.dtype)
         stretch = self.variance.sqrt()
-        z, ladj = LowRankAffineTransform(self.scale, self.loc, self.basis, stretch).call_and_ladj(
-            noise
-        )
+        transform = LowRankAffineTransform(self.scale, self.loc, self.basis, stretch)
+        z, ladj = transform.call_and_ladj(noise)
         return z, -(noise.square() + math.log(2 * math.pi)).sum(-1) / 2 - ladj
 
     def matched(self, draws: Tensor, scores: Tensor, rank: int) -> LowRankGaussian:
-        """One that matches the scores at the draws."""
+        """One that matches the scores at the draws; itself where they overflow."""
         z, g = (draws - self.loc) / self.scale, scores * self.scale
         loc, scale, basis, variance = low_rank_match(z, g, rank)
+        if not all(part.isfinite().all() for part in (loc, scale, basis, variance)):
+            return self
         return LowRankGaussian(self.loc + self.scale * loc, self.scale * scale, basis, variance)
 
 

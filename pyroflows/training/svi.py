@@ -176,7 +176,7 @@ def fit_svi(
     if place is not None:
         args, kwargs = moved(args, place), moved(kwargs, place)
     if isinstance(guide, AutoAmortizedFlow):
-        if estimator != "stl" or checkpoint is not None or compile is True:
+        if estimator != "stl" or checkpoint is not None or compile not in (False, "auto"):
             raise ValueError(
                 "an AutoAmortizedFlow has neither other estimators, checkpoints, nor compiled steps"
             )

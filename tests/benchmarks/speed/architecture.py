@@ -88,3 +88,27 @@ class Contender(nn.Module):
             loss(*batch).backward()
 
         return run
+
+
+class OfFlow(Contender):
+    """A module that scores by ``log_prob``."""
+
+    def __init__(self, flow: Any) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.flow.log_prob(x)
+
+
+class OfDistribution(OfFlow):
+    """A module whose call gives the distribution."""
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self.flow().log_prob(x)
+
+    def draw(self, number: int) -> tuple[Tensor, Tensor]:
+        return self.flow().rsample_and_log_prob((number,))
+
+    def sample(self, number: int) -> Tensor:
+        return self.flow().sample((number,))

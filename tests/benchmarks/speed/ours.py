@@ -15,26 +15,20 @@ from pyroflows.flows.coupling import coupling_layers, scoring_layers
 from pyroflows.training.adam import Adam
 from pyroflows.training.compiled import CompiledStep
 from pyroflows.transforms import Affine, RationalQuadratic
-from tests.benchmarks.speed.architecture import BINS, BOUND, Architecture, Contender, Run
+from tests.benchmarks.speed.architecture import (
+    BINS,
+    BOUND,
+    Architecture,
+    Contender,
+    OfDistribution,
+    Run,
+)
 
 #: Compiled scores may differ from eager ones by so many nats.
 SCORE_TOLERANCE = 1e-3
 
 
-class Ours(Contender):
-    def __init__(self, flow: pf.Flow) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow().log_prob(x)
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.flow().rsample_and_log_prob((number,))
-
-    def sample(self, number: int) -> Tensor:
-        return self.flow().sample((number,))
-
+class Ours(OfDistribution):
     def distribution(self) -> Any:
         return self.flow()
 

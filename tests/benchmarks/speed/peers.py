@@ -11,23 +11,17 @@ from pyro.nn import AutoRegressiveNN, DenseNN
 from torch import Tensor, nn
 
 from tests.benchmarks.models import WithoutContext
-from tests.benchmarks.speed.architecture import BINS, BOUND, Architecture, Contender
+from tests.benchmarks.speed.architecture import (
+    BINS,
+    BOUND,
+    Architecture,
+    Contender,
+    OfDistribution,
+    OfFlow,
+)
 
 
-class Zuko(Contender):
-    def __init__(self, flow: Any) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow().log_prob(x)
-
-    def draw(self, number: int) -> tuple[Tensor, Tensor]:
-        return self.flow().rsample_and_log_prob((number,))
-
-    def sample(self, number: int) -> Tensor:
-        return self.flow().sample((number,))
-
+class Zuko(OfDistribution):
     def distribution(self) -> Any:
         from pyro.contrib.zuko import ZukoToPyro
 
@@ -123,14 +117,7 @@ def pyro_alone(a: Architecture) -> Contender:
     return OfPyro(parts, a.kind != "density", a.features)
 
 
-class NFlows(Contender):
-    def __init__(self, flow: Any) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
-
+class NFlows(OfFlow):
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         return self.flow.sample_and_log_prob(number)
 
@@ -171,14 +158,7 @@ def nflows(a: Architecture) -> Contender:
     return NFlows(flows.Flow(transforms.CompositeTransform(layers), base))
 
 
-class NormFlows(Contender):
-    def __init__(self, flow: Any) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
-
+class NormFlows(OfFlow):
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         return self.flow.sample(number)
 
@@ -237,18 +217,15 @@ def normflows(a: Architecture) -> Contender:
     return NormFlows(nf.NormalizingFlow(base, layers))
 
 
-class TorchFlows(Contender):
+class TorchFlows(OfFlow):
     """Scored by its bijection: the log-determinants that its ``sample`` adds have a wrong sign.
 
     Those of an inverse found feature by feature are taken at points that are half inverted.
     """
 
     def __init__(self, flow: Any, in_turn: bool) -> None:
-        super().__init__()
-        self.flow, self.in_turn = flow, in_turn
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return self.flow.log_prob(x)
+        super().__init__(flow)
+        self.in_turn = in_turn
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         z = self.flow.base_sample((number,))
