@@ -354,6 +354,9 @@ def test_plot_gives_axes() -> None:
     pyplot.switch_backend("Agg")
     result = fit(small(), torch.randn(100, 2))
     ax = result.plot()
+    low, high = ax.get_ylim()
+    late = [loss for step, loss in result.history.checks if step > len(result.history.losses) // 20]
+    assert all(low < loss < high for loss in late)
     assert ax.get_ylabel() == "negative log likelihood (nats)"
     assert ax.get_xlabel() == "step"
     _, given = pyplot.subplots()

@@ -80,9 +80,13 @@ class Fit:
             step, best = self.history.best
             ax.plot(step, best, "o", color="C1", label=f"best: {best:.3f}")
         # The first steps are far off: they would flatten everything that follows.
-        settled = sorted(self.history.losses[len(self.history.losses) // 20 :])
+        first = len(steps) // 20
+        checked = sorted(loss for step, loss in self.history.checks if step > first)
+        settled = sorted(self.history.losses[first:])
         if len(settled) > 20:
-            low, high = settled[0], settled[int(0.98 * len(settled))]
+            shown = [losses for losses in (settled, checked) if losses]
+            low = min(losses[0] for losses in shown)
+            high = max(losses[int(0.98 * len(losses))] for losses in shown)
             ax.set_ylim(low - 0.1 * (high - low), high + 0.3 * (high - low))
         ax.set(xlabel="step", ylabel=self._quantity)
         ax.legend(frameon=False)
