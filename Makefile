@@ -5,7 +5,7 @@ export OMP_NUM_THREADS ?= 1
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-slow test-peers bench bench-flowjax bench-scaling benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer bench-vae lint format types doctest docs clean
+.PHONY: demo test test-slow test-peers test-gpu test-triton bench bench-flowjax bench-scaling benchmark-density bench-vi bench-vi-numpyro bench-mcmc bench-sbi bench-sbi-peer bench-vae lint format types doctest docs clean
 
 demo: $(READY)
 	$(BIN)/pyroflows demo
@@ -19,6 +19,17 @@ test-slow: $(READY)
 test-peers: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/python -m pytest -q -m peers
+
+# Everything on a GPU; torch must be a build for one.
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -q --device cuda
+	$(BIN)/python -m pytest -q --device cuda --dtype float64 tests/test_properties.py
+
+# The kernels for GPUs, on a CPU: by Triton's interpreter, and compiled for a card that is not there.
+# In a folder of its own, so that nothing else sees Triton.
+test-triton: $(READY)
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton triton==3.9.0
+	PYTHONPATH=build/triton TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/test_triton.py
 
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -16,6 +18,17 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where tests put modules and data: cpu, cuda")
     parser.addoption("--dtype", default="float32", choices=DTYPES, help="of modules and data")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device").startswith("cuda") and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: torch sees no GPU, or is a build without CUDA")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Kernels are no module where Triton is not."""
+    without = collection_path.name == "quadratic_kernels.py" and find_spec("triton") is None
+    return True if without else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

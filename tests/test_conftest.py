@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest_plugins = "pytester"
 
@@ -31,3 +32,11 @@ def test_guard_fails_the_culprit_and_protects_the_next(
         """
     )
     pytester.runpytest_inprocess().assert_outcomes(passed=2, errors=1)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_an_error(pytester: pytest.Pytester) -> None:
+    pytester.makeconftest(Path(__file__).with_name("conftest.py").read_text())
+    done = pytester.runpytest_inprocess("--device", "cuda")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    done.stderr.fnmatch_lines("*--device: torch sees no GPU*")

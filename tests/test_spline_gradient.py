@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pyroflows.numerics import rational_quadratic_spline
+from pyroflows.numerics import quadratic_gpu, rational_quadratic_spline
 from pyroflows.numerics.concrete import recording
-from pyroflows.numerics.quadratic import _Spline
+from pyroflows.numerics.quadratic import Spline
 
 F64 = torch.float64
 BOUND = 3.0
@@ -44,7 +45,7 @@ def gradients(spline: Any, x: Tensor, params: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("scale", [0.0, 1.0, 10.0])
 def test_equals_autodiff_in_float64(bins: int, scale: float, periodic: bool, inverse: bool) -> None:
     x, params = points(), raw(bins, periodic, 100, scale=scale)
-    spline = _Spline(BOUND, inverse, periodic)
+    spline = Spline(BOUND, inverse, periodic)
     got = gradients(
         lambda x, p: rational_quadratic_spline(x, p, BOUND, inverse, periodic), x, params
     )
@@ -153,3 +154,17 @@ def test_what_is_recorded_for_a_compiler_is_the_same(
     with recording():
         got = gradients(spline, x, params)
     torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_without_triton_there_are_no_kernels(
+    found: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where it is not installed; and where it is, but cannot be imported."""
+    quadratic_gpu.are_right.cache_clear()
+    monkeypatch.setattr(quadratic_gpu, "find_spec", lambda name: found or None)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "pyroflows.numerics.quadratic_kernels", raising=False)
+    spline = Spline(BOUND, False, False)
+    assert quadratic_gpu.by_kernels(spline, raw(8, False, 5)) is spline
+    assert [r.message.split(" (")[0] for r in caplog.records] == ["No kernels for splines"] * found

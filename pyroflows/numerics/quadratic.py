@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyroflows.numerics import analytic
-from pyroflows.numerics.concrete import is_recording
+from pyroflows.numerics.concrete import has_values, is_recording
 from pyroflows.numerics.splines import LOG_SLOPE, MIN_BIN_SIZE, Bins, knot_slopes
 
 #: Of the raw logarithms of slopes, see `soft_clamp`.
@@ -126,10 +126,17 @@ def rational_quadratic_spline(
     if len(params) < 2 or (len(params) + (not periodic)) % 3:
         kind = "3 bins" if periodic else "3 bins - 1"
         raise ValueError(f"params: expected a first dimension of {kind}, got {tuple(params.shape)}")
-    return analytic.apply(_Spline(bound, inverse, periodic), x, params)
+    spline = Spline(bound, inverse, periodic)
+    if params.is_cuda and has_values(params):
+        from pyroflows.numerics.quadratic_gpu import by_kernels
+
+        spline = by_kernels(spline, params)
+    return analytic.apply(spline, x, params)
 
 
-class _Spline(NamedTuple):
+class Spline(NamedTuple):
+    """The map by torch's operations, which are few and go over all bins at once."""
+
     bound: float
     inverse: bool
     periodic: bool
@@ -142,7 +149,7 @@ class _Spline(NamedTuple):
         return bins.map(_Piece(*ends, bins.mean_slope))
 
     def evaluate(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        flat = _Flat(params)
+        flat = Flat(params)
         y, ladj, own, found = _evaluate(flat.points(x), flat.params(params), self)
         return flat.unpoints(y), flat.unpoints(ladj), (*own, *found)
 
@@ -154,14 +161,14 @@ class _Spline(NamedTuple):
         of_ladj: Tensor,
         of_params: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        flat, of_bin = _Flat(params), len(_Bin._fields)
+        flat, of_bin = Flat(params), len(_Bin._fields)
         own, found = _Bin(*saved[:of_bin]), _Found(*saved[of_bin:])
         grads = flat.points(of_y), flat.points(of_ladj)
         point, rows = _gradient(own, found, self, *grads, of_params)
         return flat.unpoints(point), None if rows is None else flat.unparams(rows)
 
 
-class _Flat:
+class Flat:
     """Batch dimensions as one, in the order in which the parameters lie in memory."""
 
     def __init__(self, params: Tensor) -> None:
@@ -175,6 +182,12 @@ class _Flat:
 
     def params(self, params: Tensor) -> Tensor:
         return params.permute(0, *(1 + d for d in self.order)).reshape(len(params), -1)
+
+    def rows(self, params: Tensor) -> Tensor:
+        """Two batch dimensions rather than one, for which memory need not be copied."""
+        *outer, last = self.shape or (1,)
+        lead = params.permute(0, *(1 + d for d in self.order))
+        return lead.reshape(len(params), math.prod(outer), last)
 
     def unpoints(self, x: Tensor) -> Tensor:
         return x.view(self.shape).permute(self.back)
@@ -213,9 +226,9 @@ class _Found(NamedTuple):
     across: Tensor
 
 
-def _evaluate(point: Tensor, raw: Tensor, spline: _Spline) -> tuple[Tensor, Tensor, _Bin, _Found]:
+def _evaluate(point: Tensor, raw: Tensor, spline: Spline) -> tuple[Tensor, Tensor, _Bin, _Found]:
     """Values, log-derivatives and what the gradient needs, of points ``(N,)``."""
-    unit = _units((len(raw) + 1) // 3, spline.bound)[1]
+    unit = units((len(raw) + 1) // 3, spline.bound)[1]
     given = point / unit
     own = _own_bin(given, raw, spline)
     piece = _Piece(own.slopes[0], own.slopes[1], own.height / own.width)
@@ -239,11 +252,11 @@ def _evaluate(point: Tensor, raw: Tensor, spline: _Spline) -> tuple[Tensor, Tens
     return value, ladj.mul_(inside), own, found
 
 
-def _own_bin(given: Tensor, raw: Tensor, spline: _Spline) -> _Bin:
+def _own_bin(given: Tensor, raw: Tensor, spline: Spline) -> _Bin:
     """The bins of points ``(N,)``, in units in which a bin is its share and a floor."""
     bins = (len(raw) + 1) // 3
     shares = raw[: 2 * bins].view(2, bins, -1).softmax(1)
-    floor = _units(bins, spline.bound)[0]
+    floor = units(bins, spline.bound)[0]
     half = (1 + bins * floor) / 2
     locate = _locate_fused if is_recording() else _locate
     number, before, stretched = locate(given + half, shares, raw[2 * bins :], floor, spline)
@@ -258,7 +271,7 @@ def _own_bin(given: Tensor, raw: Tensor, spline: _Spline) -> _Bin:
 
 
 def _locate(
-    above: Tensor, shares: Tensor, slopes: Tensor, floor: float, spline: _Spline
+    above: Tensor, shares: Tensor, slopes: Tensor, floor: float, spline: Spline
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of the bins of points ``above`` the box's start: number, shares before, raw slopes at ends.
 
@@ -278,7 +291,7 @@ def _locate(
 
 
 def _locate_fused(
-    above: Tensor, shares: Tensor, slopes: Tensor, floor: float, spline: _Spline
+    above: Tensor, shares: Tensor, slopes: Tensor, floor: float, spline: Spline
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `_locate`, for a compiler that fuses: sums over masks, which need no memory.
 
@@ -301,14 +314,14 @@ def _locate_fused(
     return number, torch.stack([start, stop], 1), torch.stack(stretched)
 
 
-def _units(bins: int, bound: float) -> tuple[float, float]:
+def units(bins: int, bound: float) -> tuple[float, float]:
     """The floor under the bins' shares, and the unit of length in which they add up to the box."""
     share = 1 - bins * MIN_BIN_SIZE
     return MIN_BIN_SIZE / share, 2 * bound * share
 
 
 def _gradient(
-    own: _Bin, found: _Found, spline: _Spline, of_y: Tensor, of_ladj: Tensor, of_params: bool
+    own: _Bin, found: _Found, spline: Spline, of_y: Tensor, of_ladj: Tensor, of_params: bool
 ) -> tuple[Tensor, Tensor | None]:
     r"""Gradients of the points ``(N,)`` and, if asked for, of the raw parameters, in closed form.
 
@@ -323,7 +336,7 @@ def _gradient(
     bend = (first + last).sub_(mean, alpha=2).mul_(turn)
     log_by_xi = (climb / found.across).sub_(bend / found.whole)
     # Outside, the map is the identity. The value is in units of its own.
-    inside, unit = 1 - found.outside, _units(own.shares.shape[1], spline.bound)[1]
+    inside, unit = 1 - found.outside, units(own.shares.shape[1], spline.bound)[1]
     of_value, of_log = of_y * inside * unit, of_ladj * inside
     if spline.inverse:
         of_log.neg_()
@@ -355,7 +368,7 @@ def _gradient(
 
 
 def _gradient_of_params(
-    own: _Bin, spline: _Spline, of_starts: Tensor, of_sizes: Tensor, of_slopes: Tensor
+    own: _Bin, spline: Spline, of_starts: Tensor, of_sizes: Tensor, of_slopes: Tensor
 ) -> Tensor:
     """From the own bin's place, size and log-slopes, each ``(2, N)``, to the raw numbers of all."""
     shares, index = own.shares, own.number
