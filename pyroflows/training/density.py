@@ -12,7 +12,7 @@ from torch import Tensor
 from pyroflows.guides import AutoFlow
 
 #: Latents evaluated at once, so that memory does not grow with their number.
-CHUNK = 1024
+CHUNK = 512
 
 
 class Density:

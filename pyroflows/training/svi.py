@@ -34,8 +34,10 @@ from pyroflows.training.start import find_start, missed_mass
 #: fewer evaluations altogether.
 DRAWS, FEWER = 1024, 256
 #: Steps between looks at the guide; draws of a look, each of which must find enough before the next
-#: are made; how far weights may then move a mean, in deviations, or the logarithm of a deviation.
-LOOK_EVERY, LOOK, STEADY = 25, (1000, 3000, 6000), 0.06
+#: are made; share of effective draws that needs no more than the first two of these.
+LOOK_EVERY, LOOK, PLENTY = 25, (1000, 3000, 6000), 0.95
+#: How far weights may then move a mean, in deviations, or the logarithm of a deviation.
+STEADY = 0.06
 
 
 def fit_svi(
@@ -301,7 +303,8 @@ class _SVI:
     @torch.no_grad()
     def _look(self) -> float:
         """The guide's negative lower bound; notes why to end, if there is a reason."""
-        latents, log_weights, share, steady = [], [], 0.0, False
+        enough, share, steady = cast("float", self.enough), 0.0, False
+        latents, log_weights = [], []
         for draws in LOOK:
             z, log_q = self.density.draw_guide(draws)
             latents.append(z)
@@ -312,9 +315,9 @@ class _SVI:
                 break
             weights, _ = smooth(raw[usable].numpy())
             share = float(1 / (len(raw) * np.exp(2 * weights).sum()))
-            if share < cast("float", self.enough):
+            if share < enough or (share > PLENTY and len(log_weights) > 1):
                 break
-        else:
+        if share >= enough:
             values = self.guide.unpack(torch.cat(latents)[usable].to(self.guide.flow.dtype))
             steady = max(moments_moved(values, weights)[:2]) < STEADY
         # Each process draws its own.
