@@ -286,14 +286,14 @@ def test_interrupted_it_returns_what_it_has() -> None:
     def model() -> None:
         calls.append(None)
         pyro.sample("z", dist.Normal(3.0, 1.0))
-        if len(calls) == 60:
+        if len(calls) == 80:
             raise KeyboardInterrupt
 
     guide = pf.AutoFlow(model, example_args=())
     before = guide.sample(1000)["z"].mean()
     result = fit(guide, steps=100, lr=0.02, psis_samples=200)
     assert result.stop_reason == "it was interrupted"
-    assert 30 < len(result.history.losses) < 60
+    assert 30 < len(result.history.losses) < 80
     assert result.psis.num_samples == 200
     assert guide.sample(1000)["z"].mean() > before + 0.1
 
