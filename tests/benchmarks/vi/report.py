@@ -83,6 +83,12 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) < 1000 else f"{value:.0e}"
 
 
+def time_of(runs: list[Result]) -> str:
+    """The median of CPU seconds, with a digit after the point where it tells."""
+    seconds = middle(runs, "seconds")
+    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+
+
 def is_wrong(result: Result, key: str) -> bool:
     """Also where the error is not a number."""
     return not result[key] <= WRONG
@@ -117,7 +123,7 @@ def summary() -> list[str]:
             right = sum(not is_wrong(run, answer_key(method, run)) for run in fine)
             refused = sum(run.get("verdict") == "do not trust" for run in fine)
             has_verdict = not method.endswith("NUTS")
-            seconds = number(median(run["seconds"] for run in fine), 0) if fine else "-"
+            seconds = time_of(fine) if fine else "-"
             silently = sum(map(silent, fine)) if has_verdict else "-"
             lines.append(
                 line(
@@ -187,8 +193,8 @@ def our_cells(name: str, runs: list[Result]) -> list[str]:
         number(middle(runs, "k_hat")),
         ", ".join(f"{count} {short[v]}" for v, count in counts.items() if count),
         *evidence_cells(truth_of(name), runs),
-        number(middle(runs, "seconds"), 0),
-        number(middle(runs, "densities") / 1000, 0),
+        time_of(runs),
+        f"{middle(runs, 'densities') / 1000:,.0f}",
     ]
 
 
@@ -223,7 +229,7 @@ def comparison() -> list[str]:
         cells = [comparison_cell(name, method) for method in methods]
         if any(cells):
             lines.append(line(name, *cells))
-    return [*lines, "", "![Errors and times](../images/guides.png)", ""]
+    return [*lines, "", time_beside_nuts(), "", "![Errors and times](../images/guides.png)", ""]
 
 
 def comparison_cell(name: str, method: str) -> str:
@@ -232,8 +238,24 @@ def comparison_cell(name: str, method: str) -> str:
         return "failed" if results(name, method) else ""
     capped = any("over" in r.get("stopped", "") or r.get("steps", STEPS) < STEPS for r in runs)
     error = median(run[answer_key(method, run)] for run in runs)
-    seconds, thousands = middle(runs, "seconds"), middle(runs, "gradients") / 1000
-    return f"{number(error)}, {seconds:.0f} s, {thousands:.0f}k{' *' if capped else ''}"
+    thousands = middle(runs, "gradients") / 1000
+    return f"{number(error)}, {time_of(runs)} s, {thousands:.0f}k{' *' if capped else ''}"
+
+
+def time_beside_nuts() -> str:
+    """Our CPU time over that of NUTS: the geometric mean over the posteriors on which it ended."""
+    logs = [
+        math.log(middle(ours, "seconds") / nuts[0]["seconds"])
+        for name in GROUPS["posteriordb"]
+        if (ours := usable(name, "pyroflows")) and (nuts := usable(name, "NUTS"))
+        if "over" not in nuts[0].get("stopped", "")
+    ]
+    if not logs:
+        return ""
+    return (
+        f"CPU time of pyroflows over that of Pyro's NUTS, geometric mean of the {len(logs)} of\n"
+        f"posteriordb on which NUTS ended: {math.exp(sum(logs) / len(logs)):.3f}."
+    )
 
 
 def dimensions() -> list[str]:
