@@ -15,14 +15,17 @@ import torch
 
 from tests.benchmarks.models import COMPARED, MODELS
 from tests.benchmarks.report import write
-from tests.benchmarks.runs import attempt
+from tests.benchmarks.runs import SMALL, attempt, size_of
 from tests.benchmarks.sets import SETS
 
 
 def jobs(sets: list[str], models: list[str], seeds: list[int]) -> list[tuple[str, str, int]]:
-    """All seeds for what is compared with the peers, the first for the other recipes."""
-    chosen = product(seeds, sets, models)
-    return [(s, m, seed) for seed, s, m in chosen if m in COMPARED or seed == seeds[0]]
+    """All seeds of a set for what is compared with the peers, the first for the other recipes."""
+    return [
+        (name, model, seed)
+        for seed, name, model in product(seeds, sets, models)
+        if seed < (size_of(name).seeds if model in COMPARED else 1)
+    ]
 
 
 def main() -> None:
@@ -30,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sets", nargs="+", default=available, choices=list(SETS))
     parser.add_argument("--models", nargs="+", default=[*MODELS, "select"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(range(SMALL.seeds)))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for job in jobs(arguments.sets, arguments.models, arguments.seeds):
