@@ -16,7 +16,7 @@ from pyroflows.numerics import forked_rng
 from pyroflows.numerics.concrete import recording
 from pyroflows.training.adam import BETA1, BETA2, EPS, Adam
 from pyroflows.training.processes import world
-from pyroflows.training.recorded import in_double, inductor, record
+from pyroflows.training.recorded import captured, in_double, inductor, record
 from pyroflows.training.repay import Repay, count_operations
 
 logger = logging.getLogger(__name__)
@@ -33,12 +33,13 @@ TRIES = 20
 class CompiledStep:
     """Steps of Adam with clipped gradients, without Python between a step's operations.
 
-    The operations of loss, backward pass and update are recorded once and compiled by Inductor.
-    Parameters and Adam's moments become views of three vectors that the graph updates in place, so
-    that module, optimiser and checkpoints see every step. A step whose batch has another shape than
-    the first, or whose loss or gradient is not finite, is left undone, for the caller to take in
-    eager mode. What cannot be recorded, as branches on values, or comes out wrong is left so for
-    good, with a message. One object serves one fit: what is no parameter stays as it is.
+    The operations of loss, backward pass and update are recorded once and compiled by Inductor; on
+    a GPU what it makes is captured as a CUDA graph. Parameters and Adam's moments become views of
+    three vectors that the graph updates in place, so that module, optimiser and checkpoints see
+    every step. A step whose batch has another shape than the first, or whose loss or gradient is
+    not finite, is left undone, for the caller to take in eager mode. What cannot be recorded, as
+    branches on values, or comes out wrong is left so for good, with a message. One object serves
+    one fit: what is no parameter stays as it is.
 
     Parameters
     ----------
@@ -94,10 +95,12 @@ class CompiledStep:
             self._compile([*self._state.inputs(lr), *_tensors(batch)], batch)
         if self._graph is None or not _alike(batch, self._batch):
             return None
-        before = torch.get_rng_state()
+        generators = self._state.generators()
+        before = [generator.get_state() for generator in generators]
         loss, norm, _ = self._graph(*self._state.inputs(lr), *_tensors(batch))
         if not (loss + norm).isfinite():
-            torch.set_rng_state(before)
+            for generator, state in zip(generators, before, strict=True):
+                generator.set_state(state)
             return None
         return loss
 
@@ -129,7 +132,7 @@ class CompiledStep:
         validation = Distribution._validate_args
         try:
             if self._is_defined(batch):
-                self._graph = self._checked(inputs, batch)
+                self._graph = self._launched_at_once(self._checked(inputs, batch), inputs)
                 logger.info("compiled in %.1f s", time.perf_counter() - start)
         except Exception as error:  # of whatever kind: the eager step is still there
             self._refuse(error)
@@ -176,6 +179,20 @@ class CompiledStep:
                 raise ArithmeticError(f"its gradient is off the {name} one by {float(apart):.2g}")
         return graph
 
+    def _launched_at_once(
+        self, step: Callable[..., Any], inputs: list[Tensor]
+    ) -> Callable[..., Any]:
+        """On a GPU the step as a CUDA graph, if it can be one."""
+        if not inputs[0].is_cuda:
+            return step
+        try:
+            with forked_rng(self._tries), torch.no_grad():
+                return captured(step, inputs, kept=len(_State.INPUTS))
+        except Exception as error:  # the compiled step is still there
+            reason = str(error).partition("\n")[0]
+            logger.warning("The compiled step is no CUDA graph (%s).", reason)
+            return step
+
     def _step_of(self, batch: Batch) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         """Loss, gradient's norm and gradient; flat vectors are updated in place."""
 
@@ -219,6 +236,9 @@ def compiled_step(
 class _State:
     """Parameters and an Adam's moments as views of flat vectors, one after the other."""
 
+    #: What a step reads and updates in place.
+    INPUTS = ("flat", "mean", "square", "counts", "lr")
+
     def __init__(self, adam: Adam) -> None:
         self.flat = _joined([parameter.detach() for parameter in adam.parameters])
         self.mean, self.square = _joined(adam.means), _joined(adam.squares)
@@ -234,7 +254,14 @@ class _State:
 
     def inputs(self, lr: float) -> list[Tensor]:
         self.lr.fill_(lr)
-        return [self.flat, self.mean, self.square, self.counts, self.lr]
+        return [getattr(self, name) for name in self.INPUTS]
+
+    def generators(self) -> list[torch.Generator]:
+        """Those of which a step may draw."""
+        found = [torch.default_generator]
+        if self.flat.is_cuda:
+            found.append(torch.cuda.default_generators[self.flat.device.index])
+        return found
 
 
 def _joined(tensors: Sequence[Tensor]) -> Tensor:

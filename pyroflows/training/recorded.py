@@ -1,4 +1,4 @@
-"""Recorded operations: compiled, and evaluated in double precision."""
+"""Recorded operations: compiled, captured as a CUDA graph, and evaluated in double precision."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_map
 #: Random numbers as in eager mode. By default Inductor inlines what several operations read, and
 #: unrolls sums over bins: a third of the time to compile is left without, and steps are as fast.
 OPTIONS = {"fallback_random": True, "unroll_reductions_threshold": 1, "realize_reads_threshold": 2}
+
+#: Runs before a capture, in which libraries set up what they need.
+WARM_UP = 3
 
 
 def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> fx.GraphModule:
@@ -33,6 +36,38 @@ def inductor(recorded: fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[...
     context = TracingContext(FakeTensorMode(shape_env=ShapeEnv()))
     with _inductor.config.patch(OPTIONS), tracing(context):
         return cast("Callable[..., Any]", _inductor.compile(recorded, list(inputs)))
+
+
+def captured(
+    step: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], kept: int
+) -> Callable[..., tuple[Tensor, ...]]:
+    """A compiled step as one CUDA graph, which a single launch replays.
+
+    The first ``kept`` inputs are read and updated where they are, in every replay; the others are
+    copied into places of the graph's own. Raises where the graph would not do what the step does.
+    """
+    fixed, places = list(inputs[:kept]), [tensor.clone() for tensor in inputs[kept:]]
+    with torch.cuda.device(inputs[0].device):
+        random, aside = torch.get_rng_state(), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UP):
+                step(*(tensor.clone() for tensor in (*fixed, *places)))
+        torch.cuda.current_stream().wait_stream(aside)
+        if not torch.equal(torch.get_rng_state(), random):
+            raise RuntimeError("random numbers of the CPU, which a graph would repeat")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outputs = step(*fixed, *places)
+
+    def replay(*given: Tensor) -> tuple[Tensor, ...]:
+        for place, new in zip(places, given[kept:], strict=True):
+            place.copy_(new)
+        graph.replay()
+        # The next replay writes to the same outputs.
+        return tuple(output.clone() for output in outputs)
+
+    return replay
 
 
 @torch.no_grad()
