@@ -93,19 +93,24 @@ Y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
-def schools() -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", len(Y)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * z, SIGMA), obs=Y)
+def schools(device: torch.device | str = "cpu") -> Callable[[], None]:
+    y, sigma = Y.to(device), SIGMA.to(device)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 5.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(y.new_tensor(5.0)))
+        with pyro.plate("school", len(y)):
+            z = pyro.sample("z", dist.Normal(y.new_zeros(()), 1.0))
+            pyro.sample("y", dist.Normal(mu + tau * z, sigma), obs=y)
+
+    return model
 
 
 class OtherGuide(AutoContinuous):
     """Another package's flow as an autoguide of Pyro."""
 
     def __init__(self, contender: Contender) -> None:
-        super().__init__(schools)
+        super().__init__(schools(contender.device))
         self.contender = contender
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> Any:
@@ -115,12 +120,13 @@ class OtherGuide(AutoContinuous):
 def svi_step(contender: Contender, number: int, features: int) -> Run:
     """``SVI.step`` with vectorised particles; ours by path gradients, an inverse more."""
     pyro.clear_param_store()
+    model = schools(contender.device)
     if isinstance(contender, Ours):
-        made: Any = pf.AutoFlow(schools, contender.flow, example_args=())
+        made: Any = pf.AutoFlow(model, contender.flow, example_args=())
     else:
         made = OtherGuide(contender)
     elbo = Trace_ELBO(num_particles=number, vectorize_particles=True, max_plate_nesting=1)
-    svi = SVI(schools, made, pyro.optim.Adam({"lr": 1e-3}), elbo)
+    svi = SVI(model, made, pyro.optim.Adam({"lr": 1e-3}), elbo)
 
     def step() -> None:
         svi.step()
@@ -134,7 +140,7 @@ def fit_step(contender: Contender, number: int, features: int) -> Run:
     if not isinstance(contender, Ours):
         return svi_step(contender, number, features)
     pyro.clear_param_store()
-    made = pf.AutoFlow(schools, contender.flow, example_args=())
+    made = pf.AutoFlow(schools(contender.device), contender.flow, example_args=())
     return contender.steps(NegativeELBO(made, number, "total"))
 
 
