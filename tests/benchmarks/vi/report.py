@@ -352,8 +352,8 @@ def draw() -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=len(methods), frameon=False)
-    figure.tight_layout(rect=(0, 0.5 / height, 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncol=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(PICTURE, dpi=100)
     pyplot.close(figure)
