@@ -98,7 +98,7 @@ def test_eight_schools_by_default() -> None:
         guide = pf.AutoFlow(eight_schools, name=f"guide{seed}")
         report = pf.fit_svi(guide, SCHOOL_ERRORS, SCHOOLS, seed=seed, progress=False).psis
         assert report.k_hat < 0.7
-        # A fit ends where four in five draws are effective: the error that it reports says the rest.
+        # A fit ends where four in five draws are effective; the reported error says the rest.
         assert report.log_evidence_error < 0.01
         assert abs(report.log_evidence - evidence) < 4 * report.log_evidence_error
         draws = guide.sample(20_000)
