@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "build" / "benchmarks" / "mcmc"
 PAGE = ROOT / "docs" / "benchmarks" / "mcmc.md"
 CHAINS, WARMUP, DRAWS = 4, 300, 500
-#: A map for NUTS pays to be trained longer than draws of its own need.
+#: Share of effective draws at which a guide's fit ends, more than its own draws need.
 ENOUGH = 0.95
 
 # --- models and the truth about them ----------------------------------------------------------
