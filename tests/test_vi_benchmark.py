@@ -267,16 +267,22 @@ def test_the_page_tells_silent_failures(tmp_path: Path, monkeypatch: pytest.Monk
             "gradients": 12_000,
         },
     }
+    ended = {"centre_error": 0.1, "gradients": 9_000}
+    for name, ours, theirs in (("arK", 1.0, 10.0), ("blr", 4.0, 10.0), ("nes", 5.0, 600.0)):
+        found[name, "pyroflows", 0] = stored_result(seconds=ours)
+        found[name, "NUTS", 0] = {**ended, "seconds": theirs}
+    found["nes", "NUTS", 0]["stopped"] = "over 600 s"
     for job, result in found.items():
         runs.path_of(*job).write_text(json.dumps(result))
     page = report.text()
     # Right: the first banana, and Student's t by its weights.
-    assert "| nasty | pyroflows | 5 | 2 | 1 | 1 | 3 |" in page
-    assert "| nasty | NUTS | 1 | 0 | - | - | 9 |" in page
+    assert "| nasty | pyroflows | 5 | 2 | 1 | 1 | 3.0 |" in page
+    assert "| nasty | NUTS | 1 | 0 | - | - | 9.0 |" in page
     assert "- banana, seed 1: a centre is off by 0.50 spreads" in page
     assert "| banana | 2 | 0.30 (0.50) | 0.10 (0.10) |" in page
-    assert "| +0.020 | -0.100 | 3 | 5 |" in page  # its evidence is zero
-    assert "| banana | 0.30, 3 s, 4k | 2.00, 9 s, 12k |" in page
+    assert "| +0.020 | -0.100 | 3.0 | 5 |" in page  # its evidence is zero
+    assert "| banana | 0.30, 3.0 s, 4k | 2.00, 9.0 s, 12k |" in page
+    assert "geometric mean of the 2 of\nposteriordb on which NUTS ended: 0.200." in page
     assert "- ring, pyroflows, seed 0: FitError: nowhere finite" in page
 
 
