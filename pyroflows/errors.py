@@ -52,6 +52,11 @@ class SavedFileError(ValueError):
     """A file that is damaged, or was not written by pyroflows."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or its kind where it says nothing."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 def check_event(name: str, value: Tensor, event_shape: Sequence[int]) -> None:
     """Raise `ShapeError` unless the rightmost dimensions of ``value`` are ``event_shape``."""
     event_shape = tuple(event_shape)

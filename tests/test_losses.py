@@ -185,7 +185,7 @@ def test_fab_finds_separated_modes_of_which_the_lower_bound_keeps_one(
     estimator: Any, left: float
 ) -> None:
     guide = pf.AutoFlow(two_modes, partial(pf.NSF, transforms=3, bins=8), init_scale=4.0)
-    # With some other seeds so few steps leave the bound a tenth of the second mode.
+    # With some other seeds so few steps leave a guide by the bound some of the second mode.
     options = {"starts": 0, "steps": 200, "lr": 0.005, "seed": 1, "progress": False}
     result = pf.fit_svi(guide, estimator=estimator, **options)
     x = guide.sample(4000)["x"]

@@ -18,6 +18,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyroflows.diagnostics.sites import Site, Values, describe
+from pyroflows.errors import first_line
 from pyroflows.numerics import forked_rng
 
 logger = logging.getLogger(__name__)
@@ -151,7 +152,7 @@ class Program:
                 logger.warning(
                     "The model does not broadcast over draws (%s): running it once for each of "
                     "%d draws, which is slower.",
-                    str(error).partition("\n")[0],
+                    first_line(error),
                     num_draws,
                 )
         rows = []

@@ -16,7 +16,7 @@ from pyroflows.diagnostics.predictions import isolated
 from pyroflows.guides import AutoFlow
 
 #: Draws whose log joint is evaluated at once, so that memory does not grow with their number.
-CHUNK = 500
+CHUNK = 512
 #: Fewer draws have too few large weights for a shape.
 MIN_DRAWS = 100
 #: Share of effective draws from which on all weigh about the same: k-hat then describes noise.

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyroflows.errors import first_line
+
 logger = logging.getLogger(__name__)
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, ...]]
@@ -44,7 +46,7 @@ def compiled(function: ValueAndGrad, probes: Tensor) -> ValueAndGrad:
                 # Twice, because TorchScript optimises after having seen a call.
                 found = [[record(probe) for probe in probes] for _ in range(2)][1]
         except Exception as error:  # of whatever kind: the function itself is still there
-            trouble = str(error).partition("\n")[0]
+            trouble = first_line(error)
             continue
         if all(map(_agree, found, expected)):
             return _replayed(record, function)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from pyroflows.errors import first_line
 from pyroflows.numerics.quadratic import Flat, Spline
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def are_right(spline: Spline, device: torch.device, dtype: torch.dtype, count: i
         with torch.no_grad(), _disable_current_modes():
             gap = _gap(spline, device, dtype, count)
     except Exception as error:  # of Triton, of a compiler, of the driver
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
     else:
         if gap <= TOLERANCE * torch.finfo(dtype).eps ** 0.5:
             return True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from pyroflows.errors import first_line
 from pyroflows.numerics import forked_rng
 from pyroflows.numerics.concrete import recording
 from pyroflows.training.adam import BETA1, BETA2, EPS, Adam
@@ -142,7 +143,7 @@ class CompiledStep:
         self.seconds += time.perf_counter() - start
 
     def _refuse(self, error: Exception) -> None:
-        self.refused = str(error).partition("\n")[0] or type(error).__name__
+        self.refused = first_line(error)
         logger.warning(
             "The step cannot be compiled (%s): it is taken operation by operation.", self.refused
         )
@@ -189,8 +190,7 @@ class CompiledStep:
             with forked_rng(self._tries), torch.no_grad():
                 return captured(step, inputs, kept=len(_State.INPUTS))
         except Exception as error:  # the compiled step is still there
-            reason = str(error).partition("\n")[0]
-            logger.warning("The compiled step is no CUDA graph (%s).", reason)
+            logger.warning("The compiled step is no CUDA graph (%s).", first_line(error))
             return step
 
     def _step_of(self, batch: Batch) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

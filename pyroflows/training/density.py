@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyroflows.diagnostics.psis import CHUNK
 from pyroflows.guides import AutoFlow
-
-#: Latents evaluated at once, so that memory does not grow with their number.
-CHUNK = 512
 
 
 class Density:

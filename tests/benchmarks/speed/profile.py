@@ -2,7 +2,8 @@
 
 For every workload with an eager goal, ours beside zuko's: the CPU time of a step, how many of
 torch's operators it calls, what matrix products take of the time, and what is left for each of the
-other operators, the interpreter's and autograd's part included.
+other operators, the interpreter's and autograd's part included. Views, which compute nothing but
+take the interpreter's time, are operators too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.benchmarks.speed.architecture import Run
 from tests.benchmarks.speed.workloads import WORKLOADS
 
 PRODUCTS = ("aten::addmm", "aten::mm", "aten::bmm", "aten::baddbmm", "mkldnn::", "aten::mkldnn")
-#: Views, which compute nothing but take the interpreter's time, are operators too.
+#: Steps of one measurement, and measurements of the time, of which the shortest counts.
 STEPS, ROUNDS = 5, 5
 
 

@@ -86,7 +86,7 @@ def number(value: float, digits: int = 2) -> str:
 def time_of(runs: list[Result]) -> str:
     """The median of CPU seconds, with a digit after the point where it tells."""
     seconds = middle(runs, "seconds")
-    return f"{seconds:.1f}" if seconds < 10 else f"{seconds:.0f}"
+    return number(seconds, 1 if seconds < 10 else 0)
 
 
 def is_wrong(result: Result, key: str) -> bool:
