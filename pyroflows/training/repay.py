@@ -11,11 +11,11 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Seconds that compiling takes: at least, and for each operation of a step. Measured, in an empty
-#: cache, of steps of 300 to 1,900 operations: 19 to 35 s of one core, for a guide 46 to 63 s.
+#: cache, of steps of 360 to 2,300 operations: 17 to 40 s of one core, for a guide 44 to 53 s
+#: (`python -m tests.benchmarks.speed.options`).
 START, PER_OPERATION = 15.0, 0.015
 #: What a compiled step saves: seconds for each of its operations, or a share of it where batches
-#: are large. Measured of the same flows: 2.6 to 4.7 microseconds in batches of 64 to 256, and a
-#: quarter to nine tenths.
+#: are large. Measured of the same flows: 2.7 microseconds or more, and a third to nine tenths.
 SAVED, SHARE = 3e-6, 0.25
 #: Steps that are timed before the decision.
 TIMED = 10
