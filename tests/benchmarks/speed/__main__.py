@@ -2,7 +2,8 @@
 
 Times every workload for pyroflows and each installed peer, interleaved, on one thread; writes
 build/benchmarks/speed.json, and the page docs/benchmarks/speed.md with ``--page``. With
-``--device cuda`` it is larger workloads on a GPU, beside zuko, to build/benchmarks/speed-cuda.json.
+``--device cuda`` it is larger workloads on a GPU, beside zuko, with the memory that each needs, to
+build/benchmarks/speed-cuda.json and docs/benchmarks/speed-gpu.md.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import random
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,8 +21,9 @@ from typing import Any
 import pyro
 import torch
 
-from tests.benchmarks.speed.contenders import NAMES, REFERENCE, is_installed
-from tests.benchmarks.speed.measure import Clock, Timing, clock_of, interleaved
+from pyroflows.errors import first_line
+from tests.benchmarks.speed.contenders import NAMES, ON_GPU, REFERENCE, is_installed
+from tests.benchmarks.speed.measure import Clock, PeakMemory, Timing, clock_of, interleaved
 from tests.benchmarks.speed.ours import Compiled
 from tests.benchmarks.speed.page import machine, table, write_page
 from tests.benchmarks.speed.worker import Worker
@@ -34,16 +36,31 @@ from tests.benchmarks.speed.workloads import (
 )
 
 FOLDER = Path(__file__).parents[3] / "build" / "benchmarks"
-#: What is compared on a GPU, where nothing but zuko has been built for.
-ON_GPU = ["pyroflows", "pyroflows compiled", "pyroflows recipe", "zuko", "floor"]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The clock of a contender, and what was measured while it was built: see `Timing`."""
+
+    clock: Clock
+    compiling: float | None = None
+    memory: float | None = None
+
+
+def build(workload: Workload, name: str, device: str) -> Built:
+    peak = PeakMemory() if device == "cuda" else None
+    contender = workload.build(name, device)
+    run = workload.run(contender)
+    compiling = contender.seconds if isinstance(contender, Compiled) else None
+    memory = None if peak is None else peak.of(run)
+    return Built(clock_of(run, device), compiling, memory)
 
 
 def measure(
     workload: Workload, names: list[str], budget: float, device: str = "cpu"
 ) -> dict[str, Timing]:
-    """Build all contenders and time them in turn."""
-    clocks: dict[str, Clock] = {}
-    compiling: dict[str, float] = {}
+    """Build all contenders and time them in turn; empty where the reference cannot be built."""
+    built: dict[str, Built] = {}
     worker: Worker | None = None
     for name in filter(workload.admits, names):
         if name == "flowjax (jit)":
@@ -51,17 +68,23 @@ def measure(
             worker.build(workload.architecture, workload.work, workload.number, workload.trained)
             check_size(name, worker.parameters, workload.architecture)
             check_round_trip(name, worker.gap)
-            clocks[name] = worker.clock
+            built[name] = Built(worker.clock)
             continue
-        contender = workload.build(name, device)
-        clocks[name] = clock_of(workload.run(contender), device)
-        if isinstance(contender, Compiled):
-            compiling[name] = contender.seconds
-    timings = interleaved(clocks, REFERENCE, budget)
+        try:
+            built[name] = build(workload, name, device)
+        except RuntimeError as error:
+            if device == "cpu":
+                raise
+            # Cards differ: what is too large for one leaves the others' times.
+            print(f"left out: {name}, {first_line(error)}")
+    if REFERENCE not in built:
+        return {}
+    timings = interleaved({name: b.clock for name, b in built.items()}, REFERENCE, budget)
     if worker is not None:
         worker.close()
     return {
-        name: replace(timing, compiling=compiling.get(name)) for name, timing in timings.items()
+        name: replace(timing, compiling=built[name].compiling, memory=built[name].memory)
+        for name, timing in timings.items()
     }
 
 
@@ -79,11 +102,10 @@ def main() -> None:
     pyro.enable_validation(False)
     random.seed(0)
     on_gpu = arguments.device == "cuda"
-    names = [
-        name
-        for name in arguments.contenders
-        if is_installed(name) and (not on_gpu or name in ON_GPU)
-    ]
+    columns = ON_GPU if on_gpu else NAMES
+    names = [name for name in arguments.contenders if is_installed(name) and name in columns]
+    if REFERENCE not in names:
+        parser.error(f"all are compared with {REFERENCE}: install it, and leave it among them")
     print("left out:", ", ".join(n for n in arguments.contenders if n not in names) or "nobody")
     results: dict[str, dict[str, Timing]] = {}
     # Compile times are those of a first time, unless a cache is asked for.
@@ -91,8 +113,10 @@ def main() -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", cache)
         for title, workload in (GPU_WORKLOADS if on_gpu else WORKLOADS).items():
             if any(title.startswith(start) for start in arguments.only):
-                results[title] = measure(workload, names, arguments.budget, arguments.device)
-                print(table({title: results[title]}, header=len(results) == 1), flush=True)
+                line = measure(workload, names, arguments.budget, arguments.device)
+                if line:
+                    results[title] = line
+                    print(table({title: line}, columns, header=len(results) == 1), flush=True)
     stored: dict[str, Any] = {
         "machine": machine(arguments.threads, arguments.device),
         "results": {
@@ -103,7 +127,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / ("speed-cuda.json" if on_gpu else "speed.json")
     path.write_text(json.dumps(stored, indent=1))
-    if arguments.page and not on_gpu:
+    if arguments.page:
         write_page(results, stored["machine"])
 
 

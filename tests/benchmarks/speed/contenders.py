@@ -26,6 +26,8 @@ CONTENDERS: dict[str, Callable[[Architecture], Contender]] = {
 }
 #: In the order of the table's columns; flowjax has a process of its own.
 NAMES = [*list(CONTENDERS)[:-1], "flowjax (jit)", "floor"]
+#: What is compared on a GPU, where nothing but zuko has been built for.
+ON_GPU = ["pyroflows", "pyroflows compiled", "pyroflows recipe", "zuko", "floor"]
 #: Whose flows are distributions of Pyro.
 OF_PYRO = ("pyroflows", "pyroflows compiled", "pyroflows recipe", "zuko", "Pyro", "flowjax (jit)")
 

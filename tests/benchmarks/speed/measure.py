@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -24,13 +25,14 @@ class Timing:
 
     ``ratio`` holds the quartiles of the round-by-round ratios of CPU time to the reference's. On a
     GPU, wall time stands where CPU time would. ``compiling`` is what compiling took before, in
-    seconds.
+    seconds; ``memory`` what a call needs of the GPU's, in MiB.
     """
 
     cpu: tuple[float, float, float]
     wall: float
     ratio: tuple[float, float, float]
     compiling: float | None = None
+    memory: float | None = None
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -55,6 +57,34 @@ def clock_of(run: Run, device: str = "cpu") -> Clock:
         return taken, taken
 
     return on_gpu if device == "cuda" else on_cpu
+
+
+class PeakMemory:
+    """MiB of the GPU that calls need, with all that is built for them after this object.
+
+    Counted is what torch reserves: where a CUDA graph computes is allocated to nobody.
+    """
+
+    def __init__(self) -> None:
+        # Its workspace, which all products of matrices share, is not on the first one's account.
+        torch.cuda.current_blas_handle()
+        self.before = self._start()
+
+    def of(self, run: Run) -> float:
+        """The most that is held during a call; not the first, which has more to do."""
+        run()
+        self._start()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_reserved() - self.before) / 2**20
+
+    def _start(self) -> int:
+        """Give back what nobody holds, and count from here."""
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_reserved()
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

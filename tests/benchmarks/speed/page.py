@@ -7,19 +7,21 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tests.benchmarks.speed.contenders import NAMES, is_installed
+from tests.benchmarks.speed.contenders import NAMES, ON_GPU, REFERENCE, is_installed
 from tests.benchmarks.speed.measure import Timing
 from tests.benchmarks.speed.worker import FLOWJAX
 from tests.benchmarks.speed.workloads import GPU_WORKLOADS, WORKLOADS
 
-PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "speed.md"
+PAGES = Path(__file__).parents[3] / "docs" / "benchmarks"
 NOTES = Path(__file__).with_name("notes.md")
-PACKAGES = ("torch", "pyro-ppl", "zuko", "nflows", "normflows", "torchflows")
+GPU_NOTES = Path(__file__).with_name("notes_gpu.md")
+PACKAGES = ("torch", "triton", "pyro-ppl", "zuko", "nflows", "normflows", "torchflows")
 
 
 def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
@@ -27,7 +29,8 @@ def machine(threads: int, device: str = "cpu") -> dict[str, Any]:
     versions = {name: installed[name] for name in PACKAGES if name in installed}
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": torch.cuda.get_device_name() if device == "cuda" else _cpu(),
+        "card": _card() if device == "cuda" else None,
+        "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": threads,
         "python": platform.python_version(),
@@ -41,6 +44,11 @@ def _of_flowjax() -> dict[str, str]:
     code = "import importlib.metadata as m; print(m.version('flowjax'), m.version('jax'))"
     done = subprocess.run([str(FLOWJAX), "-c", code], capture_output=True, text=True, check=True)
     return dict(zip(("flowjax", "jax"), done.stdout.split(), strict=True))
+
+
+def _card() -> str:
+    size = torch.cuda.get_device_properties(0).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(0)} of {size:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def _cpu() -> str:
@@ -57,17 +65,19 @@ def _number(ratio: float | None) -> str:
     return f"{ratio:.3f}".lstrip("0") if ratio < 0.1 else f"{ratio:.2f}"
 
 
-def table(results: dict[str, dict[str, Timing]], header: bool = True) -> str:
-    """Ratios to zuko's CPU time in the same round, medians; goals behind a bar."""
+def table(
+    results: dict[str, dict[str, Timing]], names: Sequence[str] = NAMES, header: bool = True
+) -> str:
+    """Ratios to zuko's CPU time in the same round, medians; goals in parentheses."""
     lines = []
     if header:
-        lines.append("| workload | zuko, ms | " + " | ".join(NAMES) + " |")
-        lines.append("| --- " * (len(NAMES) + 2) + "|")
+        lines.append("| workload | zuko, ms | " + " | ".join(names) + " |")
+        lines.append("| --- " * (len(names) + 2) + "|")
     for title, line in results.items():
         workload = (WORKLOADS | GPU_WORKLOADS)[title]
         goals = {"pyroflows": workload.goal, "pyroflows compiled": workload.compiled_goal}
-        cells = [title, f"{line['zuko'].cpu[1]:.3g}"]
-        for name in NAMES:
+        cells = [title, f"{line[REFERENCE].cpu[1]:.3g}"]
+        for name in names:
             ratio = _number(line[name].ratio[1]) if name in line else ""
             goal = goals.get(name)
             cells.append(f"{ratio} ({_number(goal)})" if ratio and goal else ratio)
@@ -95,10 +105,21 @@ def spread(results: dict[str, dict[str, Timing]]) -> str:
     return "\n".join(lines)
 
 
+def memory(results: dict[str, dict[str, Timing]], names: Sequence[str]) -> str:
+    """Of the GPU, in MiB."""
+    lines = ["| workload | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    for title, line in results.items():
+        found = [line[name].memory if name in line else None for name in names]
+        cells = ["" if size is None else f"{size:,.0f}" for size in found]
+        lines.append("| " + " | ".join([title, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def line_of_machine(where: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
+    card = f"{where['card']}; " if where["card"] else ""
     return (
-        f"Measured on {where['date']}: {where['cpu']}, {where['cores']} cores, "
+        f"Measured on {where['date']}: {card}{where['cpu']}, {where['cores']} cores, "
         f"{where['threads']} thread, Python {where['python']}, {versions}."
     )
 
@@ -113,9 +134,15 @@ def fill(notes: Path, page: Path, marks: dict[str, str]) -> None:
 
 
 def write_page(results: dict[str, dict[str, Timing]], where: dict[str, Any]) -> None:
+    """That of a GPU where the results are of one."""
+    names = ON_GPU if where["card"] else NAMES
     marks = {
         "MACHINE": line_of_machine(where),
-        "TABLE": table(results),
+        "TABLE": table(results, names),
         "SPREAD": spread(results),
+        "MEMORY": memory(results, names),
     }
-    fill(NOTES, PAGE, marks)
+    if where["card"]:
+        fill(GPU_NOTES, PAGES / "speed-gpu.md", marks)
+    else:
+        fill(NOTES, PAGES / "speed.md", marks)
