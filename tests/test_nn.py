@@ -178,6 +178,22 @@ def test_unrolled_network_costs_no_more_arithmetic_than_one_pass(
     assert 0.3 * one_pass < many_steps <= one_pass
 
 
+@pytest.mark.parametrize("hidden", [(16, 16), (30, 16, 20)])
+def test_direct_connections_of_narrow_networks_are_few(hidden: tuple[int, ...]) -> None:
+    """As many as degrees that no hidden unit has lie in a row; the output depends on all before."""
+    features = 100
+    net = redrawn(MaskedResidualMLP(features, 0, 2, hidden))
+    assert net.direct is not None
+    in_a_row = sum(features / width for width in set(hidden)) + 1
+    few = 2 * features * 2 * in_a_row  # half of a block is masked
+    assert net.direct.weight.numel() < few
+    rows = torch.zeros(5, features, dtype=F64)
+    assert flops(lambda: net.direct(rows)) < 2 * len(rows) * few
+    jacobian = torch.func.jacrev(net)(torch.randn(features, dtype=F64))
+    for kind in jacobian.unflatten(0, (2, features)):
+        assert ((kind != 0) == torch.ones(features, features).tril(-1)).all()
+
+
 # --- conditioner ------------------------------------------------------------------------------
 
 

@@ -41,12 +41,73 @@ class MaskedLinear(nn.Linear):
         return linear(x, self.masked_weight(), self.bias)
 
 
+class NearbyLinear(nn.Module):
+    """Linear map to the outputs of every feature from some features just before it.
+
+    Outputs that see features from the same one on make a block. A product for each block costs as
+    much as there are features in it, where a masked matrix over all would have their square.
+
+    Parameters
+    ----------
+    order
+        The features in the order of their dependence.
+    starts
+        For each of them the place in this order from which on its outputs see; does not fall.
+    count
+        Outputs per feature.
+    """
+
+    seen: Tensor
+    own: Tensor
+    mask: Tensor
+
+    def __init__(self, order: Tensor, starts: Tensor, count: int) -> None:
+        super().__init__()
+        self.starts: list[int] = starts.tolist()
+        features = len(order)
+        places = torch.arange(features) - starts
+        size = int(places.max()) + 1
+        first, blocks = starts.unique_consecutive(return_inverse=True)
+        # Blocks are filled up with what no output sees.
+        ranks = first.unsqueeze(1) + torch.arange(size)
+        self.register_buffer("seen", order[ranks.clamp(max=features - 1)].flatten())
+        of_kinds = (blocks * count + torch.arange(count).unsqueeze(1)) * size + places
+        self.register_buffer("own", of_kinds[:, order.argsort()].flatten())
+        self.register_buffer("mask", torch.ones(size, size).tril(-1))
+        self.weight = nn.Parameter(torch.zeros(len(first), count, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Input ``(*batch, features)``, output ``(*batch, count * features)``."""
+        # Pyro's tensors with a provenance have a plain tuple for a shape.
+        batch = torch.Size(x.shape[:-1])
+        blocks, _, size, _ = self.weight.shape
+        columns = x.reshape(-1, x.shape[-1]).mT.index_select(0, self.seen)
+        weight = (self.weight * self.mask).flatten(1, 2)
+        out = (weight @ columns.unflatten(0, (blocks, size))).flatten(0, 1)
+        return out.index_select(0, self.own).mT.reshape(*batch, len(self.own))
+
+    def rows(self) -> Tensor:
+        """Of every output the weights of the features from its start on, ``(outputs, size)``."""
+        return (self.weight * self.mask).flatten(0, 2).index_select(0, self.own)
+
+    def matrix(self, rows: Tensor) -> Tensor:
+        """`rows` of outputs in the order of dependence as a matrix, features in this order too."""
+        features, (outputs, size) = len(self.starts), rows.shape
+        starts = torch.tensor(self.starts, device=rows.device).repeat_interleave(
+            outputs // features
+        )
+        columns = starts.unsqueeze(1) + torch.arange(size, device=rows.device)
+        wide = rows.new_zeros(outputs, features + size)
+        return wide.scatter(1, columns, rows)[:, :features]
+
+
 class MaskedResidualMLP(ZeroStart):
     r"""Residual MADE: parameters of feature ``i`` depend on the features before it alone.
 
     Hidden layers of equal width are residual, as in `ResidualMLP`. Hidden units are sorted by
     degree (see `pyroflows.numerics.hidden_degrees`). Where a hidden layer is narrower than the
-    features, connections from input to output keep every dependence possible.
+    features, an output does not see all of those before it by hidden units: direct connections to
+    the nearest keep every dependence possible.
 
     The network is evaluated at once by ``forward`` and feature by feature by ``unroll``, which
     computes each hidden unit once and so costs the arithmetic of one pass.
@@ -101,9 +162,9 @@ class MaskedResidualMLP(ZeroStart):
         masks = [autoregressive_mask(a, b) for a, b in zip([*degrees, out], seen, strict=True)]
         self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.context = nn.Linear(context, masks[0].shape[0], bias=False) if context else None
-        self.direct = None
-        if hidden and min(hidden) < features - 1 + bool(context):
-            self.direct = MaskedLinear(autoregressive_mask(out, rank + 1), bias=False)
+        starts = _reached(degrees, features)
+        alone = not degrees or bool((starts == torch.arange(features)).all())
+        self.direct = None if alone else NearbyLinear(self.order, starts, count)
         # Where the units of each degree start, layer by layer: unroll takes them in turn.
         bounds = torch.arange(features + 1)
         self._units = [torch.searchsorted(d, bounds).tolist() for d in degrees]
@@ -163,20 +224,18 @@ class MaskedResidualMLP(ZeroStart):
         weights = [layer.masked_weight() for layer in layers]
         weights[0] = weights[0].index_select(1, self.order)
         weights[-1] = self._in_order(weights[-1].mT).mT.contiguous()
-        direct = None
-        if self.direct is not None:
-            direct = self._in_order(self.direct.masked_weight().index_select(1, self.order).mT).mT
+        near = None if self.direct is None else self._in_order(self.direct.rows().mT).mT
         # All that is pending has the batch of value and context, also where vmap hides it.
         batch = torch.zeros_like(start[..., :1]) + torch.zeros_like(value[..., :1])
         if torch.is_grad_enabled() or not has_values(batch):
             pending = [(bias + batch).reshape(-1, bias.shape[-1]) for bias in biases]
-            steps = self._push(pending, weights, direct)
+            steps = self._push(pending, weights, near)
         else:
             rows = [
                 (bias if bias.dim() == 1 else bias + batch).reshape(-1, bias.shape[-1]).mT
                 for bias in biases
             ]
-            steps = self._pull(batch.numel(), rows, weights, direct)
+            steps = self._pull(batch.numel(), rows, weights, near)
         return batch.shape[:-1], self.order, steps
 
     def _in_order(self, outputs: Tensor) -> Tensor:
@@ -184,9 +243,7 @@ class MaskedResidualMLP(ZeroStart):
         blocks = outputs.unflatten(-1, (self.count, self.features)).index_select(-1, self.order)
         return blocks.transpose(-1, -2).flatten(-2)
 
-    def _push(
-        self, pending: list[Tensor], weights: list[Tensor], direct: Tensor | None
-    ) -> Unrolled:
+    def _push(self, pending: list[Tensor], weights: list[Tensor], near: Tensor | None) -> Unrolled:
         """One step per feature: the units that have all they see send their activation onward.
 
         ``pending[l]``, ``(N, units)``, is what the units of layer ``l`` have received so far, those
@@ -194,6 +251,9 @@ class MaskedResidualMLP(ZeroStart):
         overwritten, as gradients need.
         """
         out = len(self.hidden_features)
+        direct = None
+        if self.direct is not None and near is not None:
+            direct = self.direct.matrix(near)
 
         def push(source: Tensor, weight: Tensor, layer: int) -> None:
             waiting = pending[layer]
@@ -217,7 +277,7 @@ class MaskedResidualMLP(ZeroStart):
                 push(x, direct[:, rank : rank + 1], out)
 
     def _pull(
-        self, batch: int, biases: list[Tensor], weights: list[Tensor], direct: Tensor | None
+        self, batch: int, biases: list[Tensor], weights: list[Tensor], near: Tensor | None
     ) -> Unrolled:
         """As `_push` without gradients: each unit gathers what it sees, once all of that is known.
 
@@ -230,7 +290,7 @@ class MaskedResidualMLP(ZeroStart):
             [part.split(size) for part, size in zip(parts, sizes, strict=True)]
             for parts in (biases, weights)
         )
-        around = None if direct is None else direct.split(self.count)
+        around = None if near is None else near.split(self.count)
         values = weights[0].new_empty(self.features, batch)
         known = [values.new_empty(sum(size), batch) for size in sizes[:-1]]
         places = [part.split(size) for part, size in zip(known, sizes[:-1], strict=True)]
@@ -253,9 +313,23 @@ class MaskedResidualMLP(ZeroStart):
                     places[layer][rank].copy_(self.activation(new))
                 source, seen, before = known[layer], units[rank + 1], new
             outputs = pull(len(known), rank, source, seen)
-            if around is not None and rank:
-                outputs = torch.addmm(outputs, around[rank][:, :rank], values[:rank])
+            if self.direct is not None and around is not None:
+                start = self.direct.starts[rank]
+                outputs = outputs.addmm(around[rank][:, : rank - start], values[start:rank])
             place.copy_((yield outputs))
+
+
+def _reached(degrees: list[Tensor], features: int) -> Tensor:
+    """How many leading features every output sees by chains of hidden units.
+
+    ``degrees`` are those of the hidden layers, each sorted.
+    """
+    reached = torch.arange(features)
+    for layer in reversed(degrees):
+        # The highest degree that is seen from there; none is as one that sees no feature.
+        units = torch.searchsorted(layer, reached, right=True)
+        reached = torch.cat([layer.new_zeros(1), layer])[units]
+    return reached
 
 
 def _split(tensor: Tensor, columns: int) -> tuple[Tensor, Tensor]:
