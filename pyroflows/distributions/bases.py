@@ -54,8 +54,18 @@ class StandardNormal(Base):
         self.register_buffer("scale", torch.ones(self.event_shape))
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        normal = dist.Normal(self.loc, self.scale, validate_args=False)
-        return normal.to_event(len(self.event_shape))
+        return _Standard(self.loc, self.scale, validate_args=False).to_event(len(self.event_shape))
+
+
+class _Standard(dist.Normal):
+    """A normal known to be standard: a third of the operations, which small flows notice."""
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return -0.5 * value.square() - 0.5 * math.log(2 * math.pi)
 
 
 class DiagonalNormal(Base):

@@ -97,7 +97,9 @@ def adopt(name: str, module: nn.Module) -> None:
         for key, value in (*module.named_parameters(), *module.named_buffers())
         if value.requires_grad or not isinstance(value, nn.Parameter)
     }
-    stored = {key: _entry(store, key) for key in tensors if key in store}
+    # The very tensors that the store holds, before any constraint.
+    entries = dict(store.named_parameters())
+    stored = {key: entries[key] for key in tensors if key in entries}
     foreign = [
         key for key in stored if tensors[key].requires_grad and stored[key] is not tensors[key]
     ]
@@ -115,7 +117,7 @@ def adopt(name: str, module: nn.Module) -> None:
             # One by one: pyro.module would warn of each frozen parameter at each call.
             pyro.param(key, value)
         else:
-            _keep_buffer(store, key, value)
+            _keep_buffer(store, key, value, stored.get(key))
 
 
 def _check_shapes(name: str, stored: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
@@ -128,15 +130,11 @@ def _check_shapes(name: str, stored: dict[str, Tensor], tensors: dict[str, Tenso
             )
 
 
-def _keep_buffer(store: Any, key: str, value: Tensor) -> None:
-    """An alias of the buffer as a store entry; the store takes floating tensors only."""
-    alias = value.detach() if value.is_floating_point() else value.to(torch.float32)
-    known = _entry(store, key) if key in store else None
-    if known is None or known.data_ptr() != alias.data_ptr():
-        store[key] = alias
-
-
-def _entry(store: Any, key: str) -> Tensor:
-    """The very tensor that the store holds, before any constraint."""
-    entry: Tensor = store[key].unconstrained()
-    return entry
+def _keep_buffer(store: Any, key: str, value: Tensor, known: Tensor | None) -> None:
+    """An alias of the buffer as a store entry; of integers a copy, as the store takes floats."""
+    if value.is_floating_point():
+        kept = known is not None and known.data_ptr() == value.data_ptr()
+    else:
+        kept = known is not None and torch.equal(known, value.to(known))
+    if not kept:
+        store[key] = value.detach() if value.is_floating_point() else value.to(torch.float32)

@@ -7,22 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from pyroflows.nn.masked import Unrolled
+from pyroflows.nn.swap import swapped
 from pyroflows.numerics.precision import reduced_evaluations
-
-
-class _Method(nn.Module):
-    """Calls any method of a network, so that ``functional_call`` reaches it."""
-
-    def __init__(self, network: nn.Module, name: str) -> None:
-        super().__init__()
-        self.network = network
-        self.name = name
-
-    def forward(self, *args: Any) -> Any:
-        return getattr(self.network, self.name)(*args)
 
 
 class Conditioner:
@@ -53,7 +41,7 @@ class Conditioner:
         self.count = count
         self.context = context
         self.reducible = reducible
-        self._held: dict[str, Tensor] | None = None
+        self._held: Sequence[Tensor] | None = None
 
     def bound(self) -> Conditioner:
         """The same function with the parameters that the network has now, also later on.
@@ -72,24 +60,25 @@ class Conditioner:
 
     def tensors(self) -> list[Tensor]:
         """What the function depends on beside its argument: the parameters and the context."""
-        return [*self._parameters().values(), *([] if self.context is None else [self.context])]
+        parameters = self._parameters()
+        return [*parameters, *([] if self.context is None else [self.context])]
 
     def replaced(self, tensors: Sequence[Tensor]) -> Conditioner:
         """The same function of other tensors than `tensors`, in their order."""
-        names = list(self._parameters())
-        context = None if self.context is None else tensors[len(names)]
+        count = len(self._parameters())
+        context = None if self.context is None else tensors[count]
         other = Conditioner(self.network, self.count, context, self.reducible)
-        other._held = dict(zip(names, tensors, strict=False))
+        other._held = tensors[:count]
         return other
 
-    def _parameters(self) -> dict[str, Tensor]:
-        return dict(self.network.named_parameters()) if self._held is None else self._held
+    def _parameters(self) -> Sequence[Tensor]:
+        return list(self.network.parameters()) if self._held is None else self._held
 
     def _evaluate(self, method: str, x: Tensor) -> Any:
         if self._held is None:
             return getattr(self.network, method)(x, self.context)
-        held = {f"network.{name}": tensor for name, tensor in self._held.items()}
-        return functional_call(_Method(self.network, method), held, (x, self.context))
+        with swapped(self.network, list(self.network.parameters()), self._held):
+            return getattr(self.network, method)(x, self.context)
 
     def __call__(self, x: Tensor) -> Tensor:
         evaluations = reduced_evaluations() if self.reducible else None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyroflows.errors import first_line
+from pyroflows.nn.swap import swapped
 from pyroflows.numerics import forked_rng
 from pyroflows.numerics.concrete import recording
 from pyroflows.training.adam import BETA1, BETA2, EPS, Adam
@@ -217,7 +217,11 @@ class CompiledStep:
 
     def _value_and_gradient(self, flat: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         parts = [part.detach().requires_grad_() for part in _split(flat, self.parameters)]
-        with torch.enable_grad(), _replaced(self.loss, self.parameters, parts):
+        own = {id(parameter) for parameter in self.loss.parameters()}
+        strange = sum(id(parameter) not in own for parameter in self.parameters)
+        if strange:
+            raise NotImplementedError(f"{strange} parameters belong to the model, not to the guide")
+        with torch.enable_grad(), swapped(self.loss, self.parameters, parts):
             loss = self.loss(*batch)
             found = torch.autograd.grad(loss, parts, materialize_grads=True)
         return loss.detach(), torch.cat([part.reshape(-1) for part in found])
@@ -289,27 +293,3 @@ def _alike(batch: Batch, other: Batch) -> bool:
         a.shape == b.shape if isinstance(a, Tensor) and isinstance(b, Tensor) else a is b
         for a, b in zip(batch, other, strict=True)
     )
-
-
-@contextmanager
-def _replaced(
-    module: nn.Module, parameters: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> Iterator[None]:
-    """Let a module compute with other tensors in the places of some of its parameters."""
-    by_id = {id(p): tensor for p, tensor in zip(parameters, tensors, strict=True)}
-    places = [
-        (part._parameters, name, own)
-        for part in module.modules()
-        for name, own in part._parameters.items()
-        if id(own) in by_id
-    ]
-    missing = len(by_id) - len({id(own) for *_, own in places})
-    if missing:
-        raise NotImplementedError(f"{missing} parameters belong to the model, not to the guide")
-    try:
-        for holder, name, own in places:
-            holder[name] = by_id[id(own)]  # type: ignore[assignment]
-        yield
-    finally:
-        for holder, name, own in places:
-            holder[name] = own

@@ -82,9 +82,11 @@ class Contender(nn.Module):
 
     def gradients(self, loss: nn.Module, *batch: Tensor) -> Run:
         """A loss and its gradients, without an update."""
+        parameters = list(loss.parameters())
 
         def run() -> None:
-            loss.zero_grad()
+            for parameter in parameters:
+                parameter.grad = None
             loss(*batch).backward()
 
         return run
