@@ -45,6 +45,8 @@ def linear_by_output(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     # Pyro's tensors with a provenance have a plain tuple for a shape.
     batch = torch.Size(x.shape[:-1])
+    if batch.numel() * len(weight) < 2**14:
+        return linear(x, weight, bias)
     rows = x.reshape(batch.numel(), x.shape[-1])
     out = (linear(weight, rows) + bias.unsqueeze(-1)).mT
     return out.unflatten(0, batch) if batch else out.squeeze(0)

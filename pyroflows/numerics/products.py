@@ -49,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # Pyro's tensors with a provenance have a plain tuple for a shape.
     batch = torch.Size(x.shape[:-1])
-    if not (_is_for_onednn(x, weight) and _pays(batch.numel(), weight)):
+    if not (_pays(batch.numel(), weight) and _is_for_onednn(x, weight)):
         return functional.linear(x, weight, bias)
     rows = x.reshape(batch.numel(), -1)
     if torch.compiler.is_compiling():  # where the operator is what knows the faster library

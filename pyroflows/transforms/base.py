@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from functools import singledispatch
+from functools import reduce, singledispatch
+from operator import add
 from typing import Any
 
 import torch
@@ -211,20 +212,20 @@ class ComposedTransform(Transform):
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if not self.parts:
             return x, torch.zeros_like(x)
-        total: Any = 0.0
+        ladjs = []
         for part, summed in zip(self.parts, self._summed, strict=True):
             x, ladj = call_and_ladj(part, x)
-            total = total + sum_rightmost(ladj, summed)
-        return x, total
+            ladjs.append(sum_rightmost(ladj, summed))
+        return x, _sum(ladjs)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         if not self.parts:
             return y, torch.zeros_like(y)
-        total: Any = 0.0
+        ladjs = []
         for part, summed in zip(reversed(self.parts), reversed(self._summed), strict=True):
             y, ladj = inverse_and_ladj(part, y)
-            total = total + sum_rightmost(ladj, summed)
-        return y, total
+            ladjs.append(sum_rightmost(ladj, summed))
+        return y, _sum(ladjs)
 
     def forward_shape(self, shape: Iterable[int]) -> torch.Size:
         for part in self.parts:
@@ -238,6 +239,11 @@ class ComposedTransform(Transform):
 
     def detach_params(self, keep_context: bool = False) -> ComposedTransform:
         return ComposedTransform([constant(part, keep_context) for part in self.parts])
+
+
+def _sum(ladjs: list[Tensor]) -> Tensor:
+    # Not from a zero on, whose sum with the first would be recorded too.
+    return reduce(add, ladjs)
 
 
 def _lifted(constraint: Any, event_dim: int) -> Any:

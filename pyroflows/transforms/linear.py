@@ -8,7 +8,6 @@ from torch.distributions import constraints
 
 from pyroflows.numerics import log_abs_det, sum_rightmost
 from pyroflows.transforms.base import Transform, call_and_ladj, inverse_and_ladj
-from pyroflows.transforms.univariate import AffineTransform
 
 
 class PermutationTransform(Transform):
@@ -45,19 +44,21 @@ class DiagonalAffineTransform(Transform):
 
     def __init__(self, shift: Tensor, log_scale: Tensor) -> None:
         super().__init__()
-        self.elementwise = AffineTransform(shift, log_scale)
+        self.shift, self.log_scale = shift, log_scale
         self.event_dims = shift.dim()
         self.domain = self.codomain = constraints.independent(constraints.real, self.event_dims)
 
-    def _total(self, value_and_ladj: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        value, ladj = value_and_ladj
-        return value, sum_rightmost(ladj, self.event_dims)
+    def _ladj(self, value: Tensor) -> Tensor:
+        batch = value.shape[: value.dim() - self.event_dims]
+        return sum_rightmost(self.log_scale, self.event_dims).expand(batch)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._total(self.elementwise.call_and_ladj(x))
+        y = torch.addcmul(self.shift, x, self.log_scale.exp())
+        return y, self._ladj(y)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self._total(self.elementwise.inverse_and_ladj(y))
+        x = (y - self.shift) * (-self.log_scale).exp()
+        return x, -self._ladj(x)
 
 
 class LUTransform(Transform):
