@@ -93,10 +93,9 @@ class NearbyLinear(nn.Module):
     def matrix(self, rows: Tensor) -> Tensor:
         """`rows` of outputs in the order of dependence as a matrix, features in this order too."""
         features, (outputs, size) = len(self.starts), rows.shape
-        starts = torch.tensor(self.starts, device=rows.device).repeat_interleave(
-            outputs // features
-        )
-        columns = starts.unsqueeze(1) + torch.arange(size, device=rows.device)
+        starts = torch.tensor(self.starts, device=rows.device).unsqueeze(1)
+        columns = starts + torch.arange(size, device=rows.device)
+        columns = columns.repeat_interleave(outputs // features, 0)
         wide = rows.new_zeros(outputs, features + size)
         return wide.scatter(1, columns, rows)[:, :features]
 
