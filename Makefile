@@ -33,6 +33,7 @@ test-triton: $(READY)
 
 bench: $(READY)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
+	$(BIN)/python -W ignore -m tests.benchmarks.speed --threads 2 --budget 10
 	$(BIN)/python -W ignore -m tests.benchmarks.speed --page
 
 bench-scaling: $(READY)

@@ -1,7 +1,8 @@
 """Speed beside the peers: ``python -m tests.benchmarks.speed``, by ``make bench``.
 
-Times every workload for pyroflows and each installed peer, interleaved, on one thread; writes
-build/benchmarks/speed.json, and the page docs/benchmarks/speed.md with ``--page``. With
+Times every workload for pyroflows and each installed peer, interleaved; writes
+build/benchmarks/speed-1.json, of two threads speed-2.json, and the page docs/benchmarks/speed.md
+with ``--page``, of what has been measured on one thread now and on two before. With
 ``--device cuda`` it is larger workloads on a GPU, beside zuko, with the memory that each needs, to
 build/benchmarks/speed-cuda.json and docs/benchmarks/speed-gpu.md.
 """
@@ -64,7 +65,7 @@ def measure(
     worker: Worker | None = None
     for name in filter(workload.admits, names):
         if name == "flowjax (jit)":
-            worker = Worker()
+            worker = Worker(torch.get_num_threads())
             worker.build(workload.architecture, workload.work, workload.number, workload.trained)
             check_size(name, worker.parameters, workload.architecture)
             check_round_trip(name, worker.gap)
@@ -93,7 +94,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of workloads' names")
     parser.add_argument("--contenders", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--budget", type=float, default=20.0, help="CPU seconds a workload")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, choices=[1, 2])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--page", action="store_true", help="write the page of the documentation")
     arguments = parser.parse_args()
@@ -125,10 +126,21 @@ def main() -> None:
         },
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / ("speed-cuda.json" if on_gpu else "speed.json")
+    path = FOLDER / f"speed-{'cuda' if on_gpu else arguments.threads}.json"
     path.write_text(json.dumps(stored, indent=1))
     if arguments.page:
-        write_page(results, stored["machine"])
+        write_page(results, stored["machine"], read(FOLDER / "speed-2.json"))
+
+
+def read(path: Path) -> dict[str, dict[str, Timing]]:
+    """Results of another run, if there was one."""
+    if not path.exists():
+        return {}
+    lines = json.loads(path.read_text())["results"]
+    return {
+        title: {name: Timing(**timing) for name, timing in line.items()}
+        for title, line in lines.items()
+    }
 
 
 if __name__ == "__main__":

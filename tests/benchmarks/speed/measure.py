@@ -23,14 +23,16 @@ SLICE = 0.03
 class Timing:
     """Milliseconds a call: quartiles of CPU time, median of wall time, and the ratio to others'.
 
-    ``ratio`` holds the quartiles of the round-by-round ratios of CPU time to the reference's. On a
-    GPU, wall time stands where CPU time would. ``compiling`` is what compiling took before, in
-    seconds; ``memory`` what a call needs of the GPU's, in MiB.
+    ``ratio`` holds the quartiles of the round-by-round ratios of CPU time to the reference's, and
+    ``wall_ratio`` the median of those of wall time. On a GPU, wall time stands where CPU time
+    would. ``compiling`` is what compiling took before, in seconds; ``memory`` what a call needs of
+    the GPU's, in MiB.
     """
 
     cpu: tuple[float, float, float]
     wall: float
     ratio: tuple[float, float, float]
+    wall_ratio: float
     compiling: float | None = None
     memory: float | None = None
 
@@ -110,10 +112,13 @@ def interleaved(
             cpu, wall = clocks[name](repeats[name])
             taken[name].append((cpu, wall))
             spent += cpu * repeats[name]
-    of_reference = [cpu for cpu, _ in taken[reference]]
     result = {}
     for name, times in taken.items():
-        ratios = [mine / other for (mine, _), other in zip(times, of_reference, strict=True)]
-        wall = 1e3 * statistics.median(w for _, w in times)
-        result[name] = Timing(quartiles([1e3 * cpu for cpu, _ in times]), wall, quartiles(ratios))
+        pairs = list(zip(times, taken[reference], strict=True))
+        result[name] = Timing(
+            cpu=quartiles([1e3 * cpu for cpu, _ in times]),
+            wall=1e3 * statistics.median(wall for _, wall in times),
+            ratio=quartiles([mine[0] / other[0] for mine, other in pairs]),
+            wall_ratio=statistics.median(mine[1] / other[1] for mine, other in pairs),
+        )
     return result

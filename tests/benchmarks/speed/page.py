@@ -85,6 +85,16 @@ def table(
     return "\n".join(lines)
 
 
+def table_by_wall(results: dict[str, dict[str, Timing]], names: Sequence[str] = NAMES) -> str:
+    """Ratios to zuko's wall time in the same round, medians."""
+    lines = ["| workload | zuko, ms | " + " | ".join(names) + " |"]
+    lines.append("| --- " * (len(names) + 2) + "|")
+    for title, line in results.items():
+        found = [_number(line[name].wall_ratio) if name in line else "" for name in names]
+        lines.append("| " + " | ".join([title, f"{line[REFERENCE].wall:.3g}", *found]) + " |")
+    return "\n".join(lines)
+
+
 def spread(results: dict[str, dict[str, Timing]]) -> str:
     lines = [
         "| workload | eager, ms | quartiles | compiled, ms | quartiles | compiling, s |",
@@ -133,14 +143,19 @@ def fill(notes: Path, page: Path, marks: dict[str, str]) -> None:
     page.write_text(text)
 
 
-def write_page(results: dict[str, dict[str, Timing]], where: dict[str, Any]) -> None:
-    """That of a GPU where the results are of one."""
+def write_page(
+    results: dict[str, dict[str, Timing]],
+    where: dict[str, Any],
+    on_two: dict[str, dict[str, Timing]],
+) -> None:
+    """That of a GPU where the results are of one; with those on two threads, if there are any."""
     names = ON_GPU if where["card"] else NAMES
     marks = {
         "MACHINE": line_of_machine(where),
         "TABLE": table(results, names),
         "SPREAD": spread(results),
         "MEMORY": memory(results, names),
+        "THREADS": table_by_wall(on_two) if on_two else "Not measured.",
     }
     if where["card"]:
         fill(GPU_NOTES, PAGES / "speed-gpu.md", marks)

@@ -19,6 +19,8 @@ ONE_THREAD = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 class Worker:
     """A process with one flow at a time; it does nothing unless asked.
 
+    With more threads than one it takes as many as there are cores.
+
     Attributes
     ----------
     parameters
@@ -29,11 +31,12 @@ class Worker:
         What building and compiling took.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
+        flags = ONE_THREAD if threads == 1 else ""
         script = Path(__file__).with_name("flowjax_worker.py")
         self.process = subprocess.Popen(
             [str(FLOWJAX), "-W", "ignore", str(script)],
-            env={**os.environ, "XLA_FLAGS": ONE_THREAD, "JAX_PLATFORMS": "cpu"},
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
