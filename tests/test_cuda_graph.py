@@ -14,7 +14,7 @@ from torch import Tensor
 
 import pyroflows as pf
 from pyroflows.training import recorded
-from tests.models import SCHOOL_ERRORS, SCHOOLS, eight_schools
+from tests.benchmarks.speed.work import schools as eight_schools
 
 
 class Recorder:
@@ -105,12 +105,10 @@ def moons(compile: bool, steps: int = 60) -> tuple[list[float], float]:
 
 def schools(compile: bool, steps: int = 60) -> tuple[list[float], float]:
     torch.manual_seed(0)
-    guide = pf.AutoFlow(eight_schools)
-    data = SCHOOL_ERRORS.cuda(), SCHOOLS.cuda()
+    guide = pf.AutoFlow(eight_schools("cuda"))
     start = time.perf_counter()
     fit = pf.fit_svi(
         guide,
-        *data,
         device="cuda",
         steps=steps,
         draws=16,

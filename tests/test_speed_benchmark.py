@@ -14,15 +14,19 @@ import pytest
 import torch
 
 from pyroflows.training import compiled
+from tests import elsewhere
 from tests.benchmarks.speed import __main__ as command
 from tests.benchmarks.speed import measure, page, work
 from tests.benchmarks.speed.architecture import Contender
+from tests.benchmarks.speed.contenders import is_installed
+from tests.benchmarks.speed.options import apart
 from tests.benchmarks.speed.workloads import GPU_WORKLOADS, Workload
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*torch._prims_common.check:FutureWarning"),
 ]
+needs_zuko = pytest.mark.skipif(not is_installed("zuko"), reason="there is no zuko")
 MIB = 2**20
 
 
@@ -81,7 +85,6 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """The command, writing elsewhere, with nothing compiled, and no global of torch's changed."""
-    pytest.importorskip("zuko")
     monkeypatch.setattr(command, "FOLDER", tmp_path)
     monkeypatch.setattr(page, "PAGES", tmp_path)
     monkeypatch.setattr(measure, "SLICE", 1e-4)
@@ -109,6 +112,7 @@ def small(workload: Workload) -> Workload:
     return replace(workload, architecture=a, number=8)
 
 
+@needs_zuko
 def test_every_workload_is_timed_and_its_memory_taken(
     card: Card, run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -131,6 +135,7 @@ def test_every_workload_is_timed_and_its_memory_taken(
     assert not (tmp_path / "speed.md").exists()
 
 
+@needs_zuko
 def test_what_a_card_has_no_room_for_is_left_out(
     card: Card,
     run: Callable[..., dict[str, Any]],
@@ -153,6 +158,28 @@ def test_what_a_card_has_no_room_for_is_left_out(
     )
     full.add("zuko")
     assert run(*options)["results"] == {}
+
+
+def run_there() -> list[str]:
+    """The workloads that every eager contender ran on a device that is not there."""
+    pyro.enable_validation(False)
+    done = []
+    for title, workload in GPU_WORKLOADS.items():
+        tiny = small(workload)
+        names = [name for name in command.ON_GPU if name != "pyroflows compiled"]
+        for name in filter(tiny.admits, names):
+            with elsewhere.elsewhere() as there:
+                run = tiny.run(tiny.build(name, str(there)))
+                run()
+                run()
+        done.append(title)
+    return done
+
+
+@needs_zuko
+@pytest.mark.skipif(not elsewhere.IS_POSSIBLE, reason="this torch cannot have a device in Python")
+def test_all_tensors_are_on_the_device() -> None:
+    assert apart(run_there) == list(GPU_WORKLOADS)
 
 
 def test_a_peak_is_that_of_a_later_call(card: Card) -> None:

@@ -83,7 +83,7 @@ def ascend(function: ValueAndGradient, points: Tensor, steps: int) -> Iterator[T
     """
     inverse_hessian = _InverseHessian()
     values, gradients = function(points)
-    going = torch.arange(len(points))
+    going = torch.arange(len(points), device=points.device)
     yield points
     for _ in range(steps):
         direction = inverse_hessian(gradients)

@@ -142,7 +142,7 @@ def minibatches(
         )
 
     def epoch(generator: torch.Generator) -> Iterator[tuple[Tensor | None, ...]]:
-        order = torch.randperm(len(x), generator=generator).to(x.device)
+        order = torch.randperm(len(x), generator=generator, device="cpu").to(x.device)
         for index in order.split(size):
             if len(index) == size:
                 yield take(rows, index[rank::count])

@@ -242,7 +242,7 @@ class FileRows:
         generator = torch.Generator().manual_seed((self.seed + number) % 2**62)
         for x, context in block.parts():
             rows = rows_of(self.flow, x, context, block.name)
-            held = torch.rand(len(rows[0]), generator=generator) < self.share
+            held = torch.rand(len(rows[0]), generator=generator, device="cpu") < self.share
             yield rows, held.to(self.flow.device)
 
     def whole(self) -> Batch:
@@ -276,7 +276,8 @@ class FileRows:
 
     def _epoch(self, pool: _Pool, size: int, generator: torch.Generator) -> Iterator[Batch]:
         pool.count, whole = 0, False
-        for place in torch.randperm(len(self.own), generator=generator).tolist():
+        order = torch.randperm(len(self.own), generator=generator, device="cpu")
+        for place in order.tolist():
             for rows, held in self._parts(self.own[place]):
                 left = take(rows, (~held).nonzero().squeeze(-1))
                 while len(left[0]):
@@ -318,7 +319,7 @@ class _Pool:
 
     def drawn(self, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Minibatches of all rows; fewer than a batch stay."""
-        order = torch.randperm(self.count, generator=generator).to(self.x.device)
+        order = torch.randperm(self.count, generator=generator, device="cpu").to(self.x.device)
         given = self.count - self.count % size
         for start in range(0, given, size):
             yield take((self.x, self.context), order[start : start + size])

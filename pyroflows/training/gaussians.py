@@ -58,9 +58,9 @@ class Gaussians:
         """Narrow ones around points ``(K, D)``: dense, or diagonal of many latents."""
         count, size = points.shape
         block = size if size <= DENSE else 1
-        near = NEAR**2 * torch.eye(block, dtype=points.dtype)
+        near = NEAR**2 * torch.eye(block, dtype=points.dtype, device=points.device)
         covariance = near.expand(count, size // block, block, block)
-        return cls(points, covariance, torch.full((count,), -math.inf, dtype=points.dtype))
+        return cls(points, covariance, points.new_full((count,), -math.inf))
 
     def _blocks(self, vectors: Tensor) -> Tensor:
         """``(K, S, D)`` to ``(K, blocks, S, d)``."""
@@ -70,7 +70,7 @@ class Gaussians:
         """Draws ``(K, S, D)`` and their log densities ``(K, S)``."""
         factor, failed = torch.linalg.cholesky_ex(self.covariance)
         count, size = self.loc.shape
-        noise = torch.randn(count, draws, size, dtype=self.loc.dtype)
+        noise = self.loc.new_empty(count, draws, size).normal_()
         constant = factor.diagonal(dim1=-2, dim2=-1).log().sum((-2, -1))
         constant = constant + 0.5 * size * math.log(2 * math.pi)
         log_q = -0.5 * noise.square().sum(-1) - constant.unsqueeze(-1)
@@ -221,15 +221,16 @@ def separated(density: Density, gaussians: Gaussians) -> Tensor:
 
     The neck of a funnel is no mode of its own: a flow bends one normal into it more easily.
     """
-    share = torch.linspace(0, 1, 21, dtype=gaussians.loc.dtype)[:, None]
+    loc = gaussians.loc
+    share = torch.linspace(0, 1, 21, dtype=loc.dtype, device=loc.device)[:, None]
     kept = [0]
-    for i in range(1, len(gaussians.loc)):
-        ways = [torch.lerp(gaussians.loc[i], gaussians.loc[k], share) for k in kept]
+    for i in range(1, len(loc)):
+        ways = [torch.lerp(loc[i], loc[k], share) for k in kept]
         heights = density.value(torch.stack(ways))
         ends = torch.minimum(heights[:, 0], heights[:, -1])
         if (ends - heights.amin(-1) > VALLEY).all():
             kept.append(i)
-    return torch.isin(torch.arange(len(gaussians.loc)), torch.tensor(kept))
+    return torch.tensor([i in kept for i in range(len(loc))], device=loc.device)
 
 
 def mixture_weights(density: Density, gaussians: Gaussians) -> Tensor:
@@ -242,7 +243,7 @@ def mixture_weights(density: Density, gaussians: Gaussians) -> Tensor:
     # All draws together are draws of the mixture with equal weights.
     log_v = density.value(z).flatten() - (log_g.logsumexp(0) - math.log(len(log_g)))
     share = log_v.softmax(0)
-    log_weights = torch.full((len(log_g),), -math.log(len(log_g)), dtype=log_g.dtype)
+    log_weights = log_g.new_full((len(log_g),), -math.log(len(log_g)))
     for _ in range(50):
         belongs = (log_g + log_weights.unsqueeze(-1)).softmax(0)
         log_weights = (belongs @ share).log()

@@ -38,7 +38,7 @@ class LowRankGaussian:
 
     def draw(self, draws: int) -> tuple[Tensor, Tensor]:
         """Draws ``(S, D)`` and their log densities ``(S,)``."""
-        noise = torch.randn(draws, len(self.loc), dtype=self.loc.dtype)
+        noise = torch.randn(draws, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
         stretch = self.variance.sqrt()
         transform = LowRankAffineTransform(self.scale, self.loc, self.basis, stretch)
         z, ladj = transform.call_and_ladj(noise)

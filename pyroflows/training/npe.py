@@ -247,7 +247,7 @@ def _batches(
     if len(u) < MIN_ROWS:
         raise DataError(f"simulations: expected at least {MIN_ROWS}, got {len(u)}")
     generator = torch.Generator().manual_seed(int(torch.randint(2**62, ())))
-    order = torch.randperm(len(u), generator=generator).to(u.device)
+    order = torch.randperm(len(u), generator=generator, device="cpu").to(u.device)
     held = min(max(1, round(validation * len(u))), len(u) - 1) if validation else 0
     train = take(tuple(rows), order[held:])
     loss = NegativeLogPosterior(guide)

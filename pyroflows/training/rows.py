@@ -151,7 +151,8 @@ def _prepare(
         loader = LoaderRows(x, flow)
         return loader, loader.endless(), held_out
     if isinstance(x, RowFile):
-        file = FileRows(x, flow, share, int(torch.randint(2**62, (), generator=generator)))
+        seed = torch.randint(2**62, (), generator=generator, device="cpu")
+        file = FileRows(x, flow, share, int(seed))
         if not file.fits:
             held_out = file.held_out() if held_out is None else held_out
             return file, file.epochs(batch_size, generator), held_out
@@ -162,7 +163,7 @@ def _prepare(
         raise DataError(f"x: expected at least {MIN_ROWS} rows, got {len(rows[0])}")
     warn_about_columns(rows[0], flow.support)
     if share:
-        order = torch.randperm(len(rows[0]), generator=generator).to(flow.device)
+        order = torch.randperm(len(rows[0]), generator=generator, device="cpu").to(flow.device)
         count = min(max(1, round(share * len(order))), len(order) - 1)
         held_out, rows = take(rows, order[:count]), take(rows, order[count:])
     return [rows], minibatches(rows, batch_size, generator), held_out

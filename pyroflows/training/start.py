@@ -41,7 +41,7 @@ SEEN_BY = 5
 def starting_points(guide: AutoFlow, count: int) -> Tensor:
     """The guide's own start, and random ones: from the prior, and uniform between -2 and 2."""
     own = guide.flow.transform.standardization.loc.detach().double().cpu()
-    points = own + 4 * torch.rand(count, len(own), dtype=own.dtype) - 2
+    points = own + 4 * torch.rand(count, len(own), dtype=own.dtype, device=own.device) - 2
     points[0] = own
     half = count // 2
     sites: Any = guide.prototype_trace

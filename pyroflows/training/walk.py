@@ -34,7 +34,7 @@ def walk(density: Density, chains: int) -> Tensor:
     log_p, scores = density(points)
     for _ in range(TRANSITIONS):
         low, high = map(math.log, STEPS)
-        size = (low + (high - low) * torch.rand(len(points), 1, dtype=points.dtype)).exp()
+        size = (low + (high - low) * torch.rand_like(points[:, :1])).exp()
         momentum = torch.randn_like(points)
         there, g, p = points, scores, momentum
         for _ in range(LEAPFROGS):
