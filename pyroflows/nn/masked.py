@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, linear_by_output, widths
+from pyroflows.nn.mlp import Activation, ZeroStart, is_residual, widths
 from pyroflows.numerics import autoregressive_mask, hidden_degrees
 from pyroflows.numerics.concrete import has_values
 from pyroflows.numerics.products import linear
@@ -187,7 +187,7 @@ class MaskedResidualMLP(ZeroStart):
         for i, layer in enumerate(layers, start=1):
             out = layer(self.activation(h))
             h = h + out if self._is_residual(i) else out
-        out = linear_by_output(self.activation(h), last.masked_weight(), last.bias)
+        out = last(self.activation(h))
         return out if self.direct is None else out + self.direct(x)
 
     def _is_residual(self, layer: int) -> bool:
