@@ -18,6 +18,7 @@ import pyroflows as pf
 from pyroflows.training import compiled, recorded, repay
 from pyroflows.training.adam import Adam
 from pyroflows.training.compiled import CompiledStep
+from pyroflows.training.watch import Watch
 
 pytestmark = [
     # The compiler's own modules use what torch has deprecated.
@@ -254,6 +255,23 @@ def test_batches_of_another_shape_are_eager() -> None:
     after = [p.detach().clone() for p in adam.parameters]
     assert step.take(adam, 1e-3, (rows()[:20], None)) is None
     torch.testing.assert_close(list(adam.parameters), after, atol=0, rtol=0)
+
+
+def test_an_unwatched_step_that_is_not_finite_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "inductor", lambda graph, inputs: graph)
+    flow, watch = flow_of(pf.MAF), Watch(on=False)
+    adam = Adam([p for p in flow.parameters() if p.requires_grad])
+    loss = pf.training.NegativeLogLikelihood(flow)
+    step = CompiledStep(loss, adam.parameters, 5.0, watch=watch)
+    assert step.take(adam, 1e-3, (rows()[:10], None)) is not None
+    before = [t.clone() for t in (*adam.parameters, *adam.steps)]
+    unusable = (torch.full_like(rows()[:10], torch.nan), None)
+    left_out = step.take(adam, 1e-3, unusable)
+    assert left_out is not None
+    assert not left_out.isfinite()
+    watch.on = True
+    assert step.take(adam, 1e-3, unusable) is None
+    torch.testing.assert_close([*adam.parameters, *adam.steps], before, atol=0, rtol=0)
 
 
 def test_checkpoints_of_compiled_fits(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from typing import Any
 
 import pyro
@@ -18,6 +19,7 @@ from torch import nn
 import pyroflows as pf
 from pyroflows.training import NegativeELBO, NegativeLogLikelihood
 from pyroflows.training.adam import Adam
+from pyroflows.training.loop import Loop
 from tests import elsewhere
 from tests.models import SCHOOL_ERRORS, SCHOOLS, eight_schools
 
@@ -97,6 +99,7 @@ def reads_of_a_step(recipe: Any) -> int:
             data = SCHOOL_ERRORS.to(there), SCHOOLS.to(there)
             guide.register(*data)
             loss: nn.Module = NegativeELBO(guide, 8)
+            loss.watch.on = False  # as in a fit there
             batch: tuple[Any, ...] = (data,)
         else:
             loss, batch = NegativeLogLikelihood(recipe(3, **SIZES)), (rows(there),)
@@ -111,9 +114,47 @@ def reads_of_a_step(recipe: Any) -> int:
         return elsewhere.reads(step)
 
 
-@pytest.mark.parametrize("recipe", [pf.NSF, pf.MAF, pf.IAF, pf.RealNVP])
+@pytest.mark.parametrize("recipe", [pf.NSF, pf.MAF, pf.IAF, pf.RealNVP, None])
 def test_a_step_waits_for_nothing(apart: Any, recipe: Any) -> None:
     assert apart(reads_of_a_step, recipe) == 0
+
+
+def loop_there(bad: range) -> tuple[list[bool], int, int]:
+    """Whether each step of a loop was watched, how many were left out, and how often it waited."""
+    watched: list[bool] = []
+    with elsewhere.elsewhere() as there:
+        x = torch.zeros(3, device=there, requires_grad=True)
+
+        def loss() -> torch.Tensor:
+            watched.append(loop.watch.on)
+            return (x - 1).square().sum() * (torch.nan if len(watched) in bad else 1.0)
+
+        loop = Loop(
+            loss=loss,
+            batches=repeat(()),
+            parameters=[x],
+            steps=60,
+            lr=0.1,
+            clip_norm=5.0,
+            check=None,
+            check_every=60,
+            patience=None,
+            progress=False,
+            title="a parabola",
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            # Torch's own update reads, but not the fused one of a GPU.
+            patch.setattr(Adam, "step", lambda self, lr, unless: None)
+            reads = elsewhere.reads(loop.run)
+        return watched, loop.history.skipped, reads
+
+
+@pytest.mark.parametrize("bad", [range(0), range(5, 6), range(1, 21)])
+def test_steps_are_watched_once_one_was_left_out(apart: Any, bad: range) -> None:
+    watched, skipped, reads = apart(loop_there, bad)
+    assert watched == [False] * 20 + [bool(bad)] * 40
+    assert skipped == len(bad)
+    assert reads <= 6  # three times the losses of twenty steps
 
 
 def fitted_rows(by_default: bool) -> list[float]:

@@ -54,11 +54,11 @@ class StandardNormal(Base):
         self.register_buffer("scale", torch.ones(self.event_shape))
 
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        return _Standard(self.loc, self.scale, validate_args=False).to_event(len(self.event_shape))
+        return UnitNormal(self.loc, self.scale, validate_args=False).to_event(len(self.event_shape))
 
 
-class _Standard(dist.Normal):
-    """A normal known to be standard: a third of the operations, which small flows notice."""
+class UnitNormal(dist.Normal):
+    """A normal of mean 0 and variance 1, in a third of the operations: small flows notice."""
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         shape = self._extended_shape(torch.Size(sample_shape))

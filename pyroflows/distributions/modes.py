@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.distributions.bases import Base
+from pyroflows.distributions.bases import Base, UnitNormal
 from pyroflows.numerics.concrete import is_plain
 
 
@@ -118,6 +118,7 @@ class Modes(Base):
         self.register_buffer("log_weights", log_weights)
         self.register_buffer("loc", torch.zeros(most, features))
         self.register_buffer("factor", torch.eye(features).repeat(most, 1, 1))
+        self._known: tuple[Tensor | None, int, int] = None, 0, 0
 
     @torch.no_grad()
     def set_(self, weights: Tensor, loc: Tensor, factor: Tensor) -> None:
@@ -132,11 +133,21 @@ class Modes(Base):
         self.loc[:count] = loc
         self.factor[:count] = factor
 
+    def _used(self) -> int:
+        """How many modes are set."""
+        weights = self.log_weights
+        if not is_plain(weights) or weights.is_inference():
+            return len(weights)
+        # Read once for every change, as a GPU would have to be waited for.
+        known, version, used = self._known
+        if known is not weights or version != weights._version:
+            used = sum(map(math.isfinite, weights.tolist()))
+            self._known = weights, weights._version, used
+        return used
+
     def forward(self, context: Tensor | None = None) -> dist.TorchDistribution:
-        used = len(self.log_weights)
-        if is_plain(self.log_weights):
-            used = sum(map(math.isfinite, self.log_weights.tolist()))
+        used = self._used()
         if used == 1:
             zero = torch.zeros_like(self.loc[0])
-            return dist.Normal(zero, zero + 1, validate_args=False).to_event(1)
+            return UnitNormal(zero, zero + 1, validate_args=False).to_event(1)
         return FixedMixture(self.log_weights[:used], self.loc[:used], self.factor[:used])

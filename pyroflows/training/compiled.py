@@ -19,6 +19,7 @@ from pyroflows.training.adam import BETA1, BETA2, EPS, Adam
 from pyroflows.training.processes import world
 from pyroflows.training.recorded import captured, in_double, inductor, record
 from pyroflows.training.repay import Repay, count_operations
+from pyroflows.training.watch import Watch
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,8 @@ class CompiledStep:
         Largest norm of the gradient.
     repay
         Asked before each step whether to compile now; None for at the first.
+    watch
+        Whether to look at each step; where not, one that is not finite is left out.
 
     Attributes
     ----------
@@ -67,9 +70,10 @@ class CompiledStep:
         parameters: Sequence[Tensor],
         clip_norm: float,
         repay: Repay | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.loss, self.parameters, self.clip_norm = loss, list(parameters), clip_norm
-        self.repay = repay
+        self.repay, self.watch = repay, watch or Watch()
         self.seconds = 0.0
         self.refused = "several processes average their gradients" if world()[1] > 1 else ""
         self._state: _State | None = None
@@ -87,7 +91,10 @@ class CompiledStep:
         return f"not compiled: {self.repay.reason if self.repay else 'there was no step'}"
 
     def take(self, adam: Adam, lr: float, batch: Batch, left: int = 1) -> Tensor | None:
-        """One step, ``left`` with those to come; the loss before it, or None: nothing was done."""
+        """One step, ``left`` with those to come; the loss before it, or None: nothing was done.
+
+        Of an unwatched step that did nothing the loss is not finite.
+        """
         if self.refused or not self._is_due(left, batch):
             return None
         if self._state is None:
@@ -96,10 +103,11 @@ class CompiledStep:
             self._compile([*self._state.inputs(lr), *_tensors(batch)], batch)
         if self._graph is None or not _alike(batch, self._batch):
             return None
-        generators = self._state.generators()
+        generators = self._state.generators() if self.watch.on else []
         before = [generator.get_state() for generator in generators]
         loss, norm, _ = self._graph(*self._state.inputs(lr), *_tensors(batch))
-        if not (loss + norm).isfinite():
+        loss = loss + 0 * norm  # not finite where the gradient is not
+        if self.watch.on and not loss.isfinite():
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)
             return None
@@ -228,13 +236,18 @@ class CompiledStep:
 
 
 def compiled_step(
-    compile: Compile, loss: nn.Module, parameters: Sequence[Tensor], clip_norm: float, sure: bool
+    compile: Compile,
+    loss: nn.Module,
+    parameters: Sequence[Tensor],
+    clip_norm: float,
+    sure: bool,
+    watch: Watch,
 ) -> CompiledStep | None:
     """What the option ``compile`` of a fit asks for; see `Repay` for ``sure``."""
     if compile not in (True, False, "auto"):
         raise ValueError(f"compile: expected True, False or 'auto', got {compile!r}")
     repay = Repay(sure) if compile == "auto" else None
-    return CompiledStep(loss, parameters, clip_norm, repay) if compile else None
+    return CompiledStep(loss, parameters, clip_norm, repay, watch) if compile else None
 
 
 class _State:

@@ -19,6 +19,7 @@ from pyroflows.training.adam import Adam
 from pyroflows.training.compiled import CompiledStep
 from pyroflows.training.data import Epochs
 from pyroflows.training.result import History
+from pyroflows.training.watch import Watch
 
 #: Consecutive steps without a finite gradient after which a fit gives up.
 MAX_SKIPPED = 20
@@ -77,6 +78,8 @@ class Loop:
         dictionaries of tensors and numbers.
     weigh
         Number of rows of a batch: its weight among those of the other processes.
+    watch
+        Shared with loss and compiled step; on where the parameters are on a CPU.
     """
 
     loss: Callable[..., Tensor]
@@ -97,6 +100,7 @@ class Loop:
     resume: dict[str, Any] | None = None
     weigh: Callable[..., float] = lambda *batch: 1.0
     enough: Callable[[], str | None] | None = None
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -117,6 +121,7 @@ class Loop:
         self._best: tuple[float, list[Tensor]] | None = None
         self._unread: list[Tensor] = []
         self._skipped = 0
+        self.watch.on = all(parameter.device.type == "cpu" for parameter in self.parameters)
         rank, count = processes.world()
         processes.broadcast_({f"parameter {i}": p for i, p in enumerate(self.parameters)})
         disable = True if rank else None if self.progress is None else not self.progress
@@ -134,6 +139,7 @@ class Loop:
             reason = "it was interrupted"
         finally:
             self._restore()
+            self.watch.on = True
             if self.compiled is not None:
                 self.compiled.release()
         return reason, time.perf_counter() - start
@@ -176,7 +182,7 @@ class Loop:
         if loss is None:
             loss, bad = self._eager(rate, batch)
         else:
-            bad = torch.zeros_like(loss)
+            bad = ~loss.isfinite()
         self._unread.append(torch.stack([loss, bad.to(loss)]))
         if self.enough is not None:
             self._average(step)
@@ -202,10 +208,13 @@ class Loop:
     def _read(self) -> None:
         """Take the losses since the last reading; raise where the gradients stay infinite."""
         unread, self._unread = self._unread, []
+        watched = self.watch.on
         for loss, bad in torch.stack(unread).tolist() if unread else []:
             self.history.losses.append(loss)
             self.history.skipped += bool(bad)
-            self._skipped = self._skipped + 1 if bad else 0
+            # What is looked at from now on may be saved.
+            self.watch.on = self.watch.on or bool(bad)
+            self._skipped = self._skipped + 1 if bad and watched else 0
             if self._skipped >= MAX_SKIPPED:
                 raise FitError(
                     f"step {len(self.history.losses)}: the gradient has not been finite for "

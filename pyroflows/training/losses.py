@@ -16,6 +16,7 @@ from pyroflows.guides import AutoFlow
 from pyroflows.numerics import has_values
 from pyroflows.numerics.precision import reduced_precision
 from pyroflows.training.annealing import Annealing
+from pyroflows.training.watch import Watch
 
 Estimator = Literal["stl", "total", "iw", "renyi", "forward", "fab"]
 #: Two evaluations of one log density may differ by so much, in nats.
@@ -119,6 +120,7 @@ class NegativeELBO(nn.Module):
         self.draws = draws
         self.estimator = estimator
         self.annealing = Annealing()
+        self.watch = Watch()
         self.dropped = 0
 
     def forward(
@@ -133,7 +135,7 @@ class NegativeELBO(nn.Module):
         log_p = self.guide.log_joint(latents, *args, **kwargs)
         usable = log_p.isfinite() & log_q.isfinite()
         # A recorded step cannot look: it comes out infinite, and is taken again by this way.
-        if has_values(usable) and not usable.all():
+        if self.watch.on and has_values(usable) and not usable.all():
             self.dropped += int((~usable).sum())
             if not usable.any():
                 raise FitError(

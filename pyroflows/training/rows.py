@@ -32,6 +32,7 @@ from pyroflows.training.loop import Loop
 from pyroflows.training.losses import ReducedPrecision
 from pyroflows.training.processes import broadcast_, seeded, total, world
 from pyroflows.training.result import History
+from pyroflows.training.watch import Watch
 
 Precision = Literal["bf16"] | None
 #: Rows scored at once in a check.
@@ -74,6 +75,7 @@ def fit_rows(
         train, batches, held_out = _prepare(flow, x, context, validation, batch_size, generator)
         sharded = isinstance(train, FileRows) and isinstance(validation, Real)
         parameters: list[Tensor] = [p for p in loss.parameters() if p.requires_grad]
+        watch = Watch()
         loop = Loop(
             loss=trained,
             batches=batches,
@@ -88,7 +90,8 @@ def fit_rows(
             title=title,
             unit=unit,
             weigh=lambda x, context: len(x),
-            compiled=compiled_step(compile, trained, parameters, clip_norm, sure=True),
+            compiled=compiled_step(compile, trained, parameters, clip_norm, True, watch),
+            watch=watch,
         )
         stored = _keep(loop, flow, checkpoint) if checkpoint is not None else None
         # After the checks of all arguments: what is refused stays as it is.

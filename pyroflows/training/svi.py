@@ -257,8 +257,9 @@ class _SVI:
         self.loop = None if only_start else self._loop(parameters)
 
     def _loop(self, parameters: list[Tensor]) -> Loop:
+        watch = self.loss.watch
         compiled = compiled_step(
-            self.compile, self.loss, parameters, self.clip_norm, sure=not self.adaptive
+            self.compile, self.loss, parameters, self.clip_norm, not self.adaptive, watch
         )
         return Loop(
             loss=self.loss,
@@ -278,6 +279,7 @@ class _SVI:
             unit="-ELBO",
             save=None if self.checkpoint is None else self._save,
             weigh=lambda *batch: self.loss.draws,
+            watch=watch,
         )
 
     @property
