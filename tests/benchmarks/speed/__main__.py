@@ -73,10 +73,10 @@ def measure(
             continue
         try:
             built[name] = build(workload, name, device)
-        except RuntimeError as error:
+        except Exception as error:
             if device == "cpu":
                 raise
-            # Cards differ: what is too large for one leaves the others' times.
+            # Cards and their compilers differ: what one cannot do leaves the others' times.
             print(f"left out: {name}, {first_line(error)}")
     if REFERENCE not in built:
         return {}
