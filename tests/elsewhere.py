@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import backend_registration
+from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -94,8 +95,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if kwargs.get("generator") is not None:
             raise RuntimeError(f"{func}: a generator of the CPU")
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    args, kwargs = tree_map_only(There, lambda tensor: tensor.here, (args, kwargs))
-    results = func(*args, **kwargs)
+    inner = tree_map_only(There, lambda tensor: tensor.here, (args, kwargs))
+    results = func(*inner[0], **inner[1])
+    if is_there and torch.Tag.inplace_view in func.tags:
+        with no_dispatch():  # gives what says to be there the new shape too
+            func(*args, **kwargs)
     if not is_there:
         return results
 

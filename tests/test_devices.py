@@ -77,7 +77,8 @@ def test_two_devices_are_an_error(apart: Any, function: Any, message: str) -> No
 def learned_there() -> tuple[list[float], list[int]]:
     with elsewhere.elsewhere() as there:
         weight = nn.Parameter(torch.ones(3, device=there))
-        loss = (weight * torch.arange(3.0).to(there) + 1.0).square().sum()
+        rows = (weight * torch.arange(3.0).to(there) + 1.0).unsqueeze_(0)
+        loss = rows.square().sum((0, 1))
         counts = [elsewhere.reads(loss.backward), elsewhere.reads(loss.item)]
         return weight.grad.tolist(), counts  # type: ignore[union-attr]
 
