@@ -202,3 +202,22 @@ def test_without_the_reference_there_is_nothing_to_compare(
     with pytest.raises(SystemExit):
         run("--contenders", "pyroflows")
     assert "all are compared with zuko: install it" in capsys.readouterr().err
+
+
+def test_the_page_takes_what_was_measured_on_two_threads_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(page, "PAGES", tmp_path)
+    three = (1.0, 2.0, 3.0)
+    line = {
+        "zuko": measure.Timing(cpu=three, wall=4.0, ratio=(1.0, 1.0, 1.0), wall_ratio=1.0),
+        "pyroflows": measure.Timing(cpu=three, wall=1.0, ratio=three, wall_ratio=0.25),
+    }
+    stored = {"results": {title: {n: t.as_dict() for n, t in line.items()} for title in ("W",)}}
+    (tmp_path / "speed-2.json").write_text(json.dumps(stored))
+    assert command.read(tmp_path / "none.json") == {}
+    on_two = command.read(tmp_path / "speed-2.json")
+    page.write_page({}, page.machine(threads=1), on_two)
+    text = (tmp_path / "speed.md").read_text()
+    assert "<!--" not in text
+    assert "| W | 4 | 0.25 |  |  | 1.00 |" in text
