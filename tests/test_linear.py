@@ -221,3 +221,13 @@ def test_layers_by_hand_are_saved(layer: Any, tmp_path: Any) -> None:
 def test_errors(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("shapes", [((3,), (1,)), ((3,), ()), ((3,), (2, 3)), ((3,), (2, 1))])
+def test_scales_of_several_features_count_for_each(shapes: tuple[Any, Any]) -> None:
+    shift, log_scale = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    transform, x = pft.DiagonalAffineTransform(shift, log_scale), torch.randn(2, 3).double()
+    y, ladj = transform.call_and_ladj(x)
+    torch.testing.assert_close(y, x * log_scale.exp() + shift)
+    torch.testing.assert_close(ladj, log_scale.expand(2, 3).sum(-1))
+    torch.testing.assert_close(transform.inverse_and_ladj(y), (x, -ladj))

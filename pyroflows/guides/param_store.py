@@ -132,9 +132,10 @@ def _check_shapes(name: str, stored: dict[str, Tensor], tensors: dict[str, Tenso
 
 def _keep_buffer(store: Any, key: str, value: Tensor, known: Tensor | None) -> None:
     """An alias of the buffer as a store entry; of integers a copy, as the store takes floats."""
-    if value.is_floating_point():
-        kept = known is not None and known.data_ptr() == value.data_ptr()
-    else:
-        kept = known is not None and torch.equal(known, value.to(known))
-    if not kept:
-        store[key] = value.detach() if value.is_floating_point() else value.to(torch.float32)
+    copied = not value.is_floating_point()
+    entry = value.to(torch.float32) if copied else value.detach()
+    if known is not None and known.device == entry.device:
+        kept = torch.equal(known, entry) if copied else known.data_ptr() == entry.data_ptr()
+        if kept:
+            return
+    store[key] = entry

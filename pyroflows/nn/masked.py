@@ -162,8 +162,8 @@ class MaskedResidualMLP(ZeroStart):
         self.layers = nn.ModuleList(MaskedLinear(mask) for mask in masks)
         self.context = nn.Linear(context, masks[0].shape[0], bias=False) if context else None
         starts = _reached(degrees, features)
-        alone = not degrees or bool((starts == torch.arange(features)).all())
-        self.direct = None if alone else NearbyLinear(self.order, starts, count)
+        complete = torch.equal(starts, torch.arange(features))
+        self.direct = None if complete else NearbyLinear(self.order, starts, count)
         # Where the units of each degree start, layer by layer: unroll takes them in turn.
         bounds = torch.arange(features + 1)
         self._units = [torch.searchsorted(d, bounds).tolist() for d in degrees]

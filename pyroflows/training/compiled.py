@@ -78,7 +78,7 @@ class CompiledStep:
         self.refused = "several processes average their gradients" if world()[1] > 1 else ""
         self._state: _State | None = None
         self._tries = 0
-        self._graph: Callable[..., tuple[Tensor, Tensor, Tensor]] | None = None
+        self._graph: Callable[..., tuple[Tensor, Tensor]] | None = None
         self._batch: Batch = ()
 
     @property
@@ -105,8 +105,7 @@ class CompiledStep:
             return None
         generators = self._state.generators() if self.watch.on else []
         before = [generator.get_state() for generator in generators]
-        loss, norm, _ = self._graph(*self._state.inputs(lr), *_tensors(batch))
-        loss = loss + 0 * norm  # not finite where the gradient is not
+        loss, _ = self._graph(*self._state.inputs(lr), *_tensors(batch))
         if self.watch.on and not loss.isfinite():
             for generator, state in zip(generators, before, strict=True):
                 generator.set_state(state)
@@ -177,9 +176,9 @@ class CompiledStep:
             recorded = record(self._step_of(batch), copies())
         graph = inductor(recorded, copies())
         with forked_rng(self._tries):
-            gradient = graph(*copies())[2].double()
+            gradient = graph(*copies())[1].double()
         with forked_rng(self._tries):
-            exact = in_double(recorded, copies())[2]
+            exact = in_double(recorded, copies())[1]
         eps = torch.finfo(inputs[0].dtype).eps
         limit = TOLERANCE * eps**0.5 * (eps + exact.norm())
         for name, other in {"eager": eager, "float64's": exact}.items():
@@ -201,12 +200,12 @@ class CompiledStep:
             logger.warning("The compiled step is no CUDA graph (%s).", first_line(error))
             return step
 
-    def _step_of(self, batch: Batch) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        """Loss, gradient's norm and gradient; flat vectors are updated in place."""
+    def _step_of(self, batch: Batch) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Loss, NaN where nothing was done, and gradient; flat vectors are updated in place."""
 
         def step(
             flat: Tensor, mean: Tensor, square: Tensor, counts: Tensor, lr: Tensor, *rows: Tensor
-        ) -> tuple[Tensor, Tensor, Tensor]:
+        ) -> tuple[Tensor, Tensor]:
             loss, gradient = self._value_and_gradient(flat, _with_tensors(batch, rows))
             norm = gradient.norm()
             clipped = gradient * (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)
@@ -219,7 +218,7 @@ class CompiledStep:
             news = (new_flat, new_mean, new_square, counts + 1)
             for old, new in zip((flat, mean, square, counts), news, strict=True):
                 old.copy_(torch.where(usable, new, old))
-            return loss, norm, gradient
+            return torch.where(usable, loss, torch.nan), gradient
 
         return step
 

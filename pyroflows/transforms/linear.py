@@ -44,8 +44,10 @@ class DiagonalAffineTransform(Transform):
 
     def __init__(self, shift: Tensor, log_scale: Tensor) -> None:
         super().__init__()
-        self.shift, self.log_scale = shift, log_scale
         self.event_dims = shift.dim()
+        if log_scale.shape != shift.shape:  # the sum of log-scales is over all features
+            shift, log_scale = torch.broadcast_tensors(shift, log_scale)
+        self.shift, self.log_scale = shift, log_scale
         self.domain = self.codomain = constraints.independent(constraints.real, self.event_dims)
 
     def _ladj(self, value: Tensor) -> Tensor:

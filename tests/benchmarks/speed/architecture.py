@@ -81,15 +81,19 @@ class Contender(nn.Module):
         return step
 
     def gradients(self, loss: nn.Module, *batch: Tensor) -> Run:
-        """A loss and its gradients, without an update."""
-        parameters = list(loss.parameters())
+        return gradients(loss, *batch)
 
-        def run() -> None:
-            for parameter in parameters:
-                parameter.grad = None
-            loss(*batch).backward()
 
-        return run
+def gradients(loss: nn.Module, *batch: Tensor | None) -> Run:
+    """A loss and its gradients, without an update."""
+    parameters = list(loss.parameters())
+
+    def run() -> None:
+        for parameter in parameters:
+            parameter.grad = None
+        loss(*batch).backward()
+
+    return run
 
 
 class OfFlow(Contender):

@@ -26,7 +26,7 @@ from pyroflows.training.adam import Adam
 from pyroflows.training.compiled import CompiledStep
 from pyroflows.training.losses import ReducedPrecision
 from pyroflows.training.repay import Repay
-from tests.benchmarks.speed.architecture import Run
+from tests.benchmarks.speed.architecture import Run, gradients
 from tests.benchmarks.speed.measure import clock_of, interleaved
 from tests.benchmarks.speed.page import line_of_machine, machine
 from tests.models import SCHOOL_ERRORS, SCHOOLS, eight_schools
@@ -167,14 +167,6 @@ def compile_table(budget: float) -> None:
 # --- precision="bf16" -----------------------------------------------------------------------------
 
 
-def gradient(loss: nn.Module, batch: tuple[Any, ...]) -> Run:
-    def run() -> None:
-        loss.zero_grad()
-        loss(*batch).backward()
-
-    return run
-
-
 def precision_table(budget: float) -> None:
     print("| flow | float32 | bf16 |")
     print("| --- " * 3 + "|")
@@ -182,7 +174,7 @@ def precision_table(budget: float) -> None:
         torch.manual_seed(0)
         loss, batch = case()
         losses = {"float32": loss, "bf16": ReducedPrecision(loss)}
-        clocks = {name: clock_of(gradient(module, batch)) for name, module in losses.items()}
+        clocks = {name: clock_of(gradients(module, *batch)) for name, module in losses.items()}
         times = interleaved(clocks, "float32", budget)
         cells = [f"{times[name].cpu[1]:.2g} ms" for name in losses]
         print("|", " | ".join([title, *cells]), "|", flush=True)

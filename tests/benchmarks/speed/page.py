@@ -66,9 +66,15 @@ def _number(ratio: float | None) -> str:
 
 
 def table(
-    results: dict[str, dict[str, Timing]], names: Sequence[str] = NAMES, header: bool = True
+    results: dict[str, dict[str, Timing]],
+    names: Sequence[str] = NAMES,
+    header: bool = True,
+    by_wall: bool = False,
 ) -> str:
-    """Ratios to zuko's CPU time in the same round, medians; goals in parentheses."""
+    """Ratios to zuko's time in the same round, medians.
+
+    Of CPU time with goals in parentheses, or of wall time, for which there are none.
+    """
     lines = []
     if header:
         lines.append("| workload | zuko, ms | " + " | ".join(names) + " |")
@@ -76,22 +82,13 @@ def table(
     for title, line in results.items():
         workload = (WORKLOADS | GPU_WORKLOADS)[title]
         goals = {"pyroflows": workload.goal, "pyroflows compiled": workload.compiled_goal}
-        cells = [title, f"{line[REFERENCE].cpu[1]:.3g}"]
+        reference = line[REFERENCE]
+        cells = [title, f"{reference.wall if by_wall else reference.cpu[1]:.3g}"]
         for name in names:
-            ratio = _number(line[name].ratio[1]) if name in line else ""
-            goal = goals.get(name)
-            cells.append(f"{ratio} ({_number(goal)})" if ratio and goal else ratio)
+            timing, goal = line.get(name), None if by_wall else goals.get(name)
+            ratio = timing and (timing.wall_ratio if by_wall else timing.ratio[1])
+            cells.append(_number(ratio) + (f" ({_number(goal)})" if ratio and goal else ""))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def table_by_wall(results: dict[str, dict[str, Timing]], names: Sequence[str] = NAMES) -> str:
-    """Ratios to zuko's wall time in the same round, medians."""
-    lines = ["| workload | zuko, ms | " + " | ".join(names) + " |"]
-    lines.append("| --- " * (len(names) + 2) + "|")
-    for title, line in results.items():
-        found = [_number(line[name].wall_ratio) if name in line else "" for name in names]
-        lines.append("| " + " | ".join([title, f"{line[REFERENCE].wall:.3g}", *found]) + " |")
     return "\n".join(lines)
 
 
@@ -155,7 +152,7 @@ def write_page(
         "TABLE": table(results, names),
         "SPREAD": spread(results),
         "MEMORY": memory(results, names),
-        "THREADS": table_by_wall(on_two) if on_two else "Not measured.",
+        "THREADS": table(on_two, by_wall=True) if on_two else "Not measured.",
     }
     if where["card"]:
         fill(GPU_NOTES, PAGES / "speed-gpu.md", marks)
